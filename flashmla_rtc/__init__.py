@@ -1,0 +1,36 @@
+"""Multi-head Latent Attention decode for NVIDIA Hopper: CUDA compiled at import by NVRTC.
+
+    import flashmla_rtc as flash_mla
+
+    rows = seq_len_q * heads_q // heads_k
+    plan, num_splits = flash_mla.get_mla_metadata(cache_seqlens, rows, heads_k)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, k_cache, block_table, cache_seqlens, 512, plan, num_splits, causal=True
+    )
+
+Importing compiles the default kernels, or reads them from the cache on disk; it never touches the
+CUDA driver, so a process may fork afterwards. ``FLASHMLA_RTC_COMPILE=lazy`` leaves compiling to the
+first call.
+"""
+
+from __future__ import annotations
+
+import contextlib as _contextlib
+
+from . import variants as _variants
+from ._version import __version__
+from .interface import flash_mla_with_kvcache, prepare
+from .metadata import FlashMLASchedMeta, get_mla_metadata
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "__version__",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "prepare",
+]
+
+# Nothing that is wrong with compiling may keep the package from being imported: a bad value of
+# FLASHMLA_RTC_COMPILE, too, is told when a kernel is first asked for.
+with _contextlib.suppress(ValueError):
+    _variants.builder.start(variant.source() for variant in _variants.default_variants())

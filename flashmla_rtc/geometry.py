@@ -1,0 +1,129 @@
+"""The numbers that the kernels are compiled for and the structs that they take, declared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .rtc.params import ParamStruct
+
+BLOCK_ROWS = 64
+"""Query rows a thread block works on; a row is a (query, head) pair of one KV head."""
+
+BLOCK_KEYS = 64
+"""Keys a block of the plan holds: one page of the cache."""
+
+HEAD_DIM = 576
+HEAD_DIM_V = 512
+PAGE_BLOCK_SIZE = 64
+
+COST_UNIT = 16
+"""The planner counts in 1/16 of the time that one part needs for one block of keys."""
+
+MAX_PLANNED_BLOCKS = 1 << 26
+"""Cap on the blocks of a whole batch that the planner's 32-bit sums count."""
+
+MAX_PARTS = 256
+"""Most parts of a plan; no Hopper GPU has more SMs."""
+
+SCHEDULE_THREADS = 1024
+SCHEDULE_CANDIDATES = 64
+COMBINE_THREADS = 256
+DECODE_THREADS = 384
+PLAN_COLUMNS = 8
+
+DECODE_SHARED_BYTES = 231_424
+"""sizeof(Shared) in mla_decode.cuh; the kernel asserts it."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What the planner weighs, in 1/16 of the time of one block of keys (see ``mla_schedule.cuh``).
+
+    segment: every piece of a request: load the query tile, fill the pipeline, write an output.
+    piece: a piece of a cut request, on top: its output is float32 and goes to the workspace.
+    merge: any cut at all: the combine kernel has work.
+    merge_longest: the same, for each piece of the most divided request.
+    merge_cut: the same, for each cut, in 1/16 of the unit of the others.
+    """
+
+    segment: int = 32
+    piece: int = 16
+    merge: int = 24
+    merge_longest: int = 1
+    merge_cut: int = 8
+
+
+DECODE_PARAMS = ParamStruct(
+    "MlaDecodeParams",
+    (
+        ("TensorMap", "k_map"),  # k_cache as (head_dim, page, kv head, page number)
+        ("const u16*", "q"),  # [batch, seq_len_q, heads_q, head_dim]
+        ("i64", "q_stride_batch"),  # strides count elements
+        ("i64", "q_stride_seq"),
+        ("i64", "q_stride_head"),
+        ("u16*", "out"),  # [batch, seq_len_q, heads_q, head_dim_v]
+        ("i64", "out_stride_batch"),
+        ("i64", "out_stride_seq"),
+        ("i64", "out_stride_head"),
+        ("float*", "lse"),  # [batch, heads_q, seq_len_q], natural logarithm
+        ("i64", "lse_stride_batch"),
+        ("i64", "lse_stride_head"),
+        ("i64", "lse_stride_seq"),
+        ("const int*", "block_table"),  # [batch, max_blocks]
+        ("i64", "block_table_stride"),
+        ("const int*", "cache_seqlens"),  # [batch]
+        ("const int*", "plan"),  # [parts, 8]
+        ("float*", "partial_out"),  # [2 * parts, heads_k * rows_per_group, head_dim_v]
+        ("float*", "partial_lse"),  # [2 * parts, heads_k * rows_per_group], base 2
+        ("int", "batch"),
+        ("int", "seq_len_q"),
+        ("int", "heads_k"),
+        ("int", "heads_per_group"),  # query heads a KV head
+        ("int", "rows_per_group"),  # seq_len_q * heads_per_group
+        ("int", "num_blocks"),  # pages in the cache
+        ("int", "max_blocks"),  # columns of block_table
+        ("int", "causal"),
+        ("int", "q_is_aligned"),  # every row begins at a multiple of 16 bytes
+        ("int", "out_is_aligned"),
+        ("float", "scale_log2"),  # softmax_scale * log2(e)
+    ),
+)
+
+COMBINE_PARAMS = ParamStruct(
+    "MlaCombineParams",
+    (
+        ("u16*", "out"),
+        ("i64", "out_stride_batch"),
+        ("i64", "out_stride_seq"),
+        ("i64", "out_stride_head"),
+        ("float*", "lse"),
+        ("i64", "lse_stride_batch"),
+        ("i64", "lse_stride_head"),
+        ("i64", "lse_stride_seq"),
+        ("const int*", "plan"),
+        ("const float*", "partial_out"),
+        ("const float*", "partial_lse"),
+        ("int", "batch"),
+        ("int", "num_parts"),
+        ("int", "heads_k"),
+        ("int", "heads_per_group"),
+        ("int", "rows_per_group"),
+        ("int", "out_is_aligned"),
+    ),
+)
+
+SCHEDULE_PARAMS = ParamStruct(
+    "MlaScheduleParams",
+    (
+        ("const int*", "cache_seqlens"),  # [batch]
+        ("int*", "plan"),  # [num_parts, 8]
+        ("int*", "num_splits"),  # [batch + 1]
+        ("int", "batch"),
+        ("int", "num_parts"),
+        ("int", "segment_cost"),
+        ("int", "piece_cost"),
+        ("int", "merge_cost"),
+        ("int", "merge_longest_cost"),
+        ("int", "merge_cut_cost"),
+    ),
+)

@@ -1,0 +1,162 @@
+"""The decode call: check, plan, launch; nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import arrays, backends, checks, metadata, reference, sm90
+from .arrays import View
+
+
+def flash_mla_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Any = None,
+    attn_sink: Any = None,
+    extra_k_cache: Any = None,
+    extra_indices_in_kvcache: Any = None,
+    topk_length: Any = None,
+    extra_topk_length: Any = None,
+    *,
+    out: Any = None,
+    lse: Any = None,
+) -> tuple[Any, Any]:
+    """Absorbed multi-head latent attention of a few queries a request over a paged KV cache.
+
+    A key's first ``head_dim_v`` numbers are its value. Arrays may come from torch, CuPy, JAX, NumPy
+    or anything that speaks DLPack, all from one library; results come back in it. On a Hopper GPU
+    the kernels run on the arrays' device and the library's current stream, without waiting for
+    either; elsewhere the reference backend computes the same.
+
+    Args:
+        q: (batch, seq_len_q, heads_q, head_dim), bfloat16 or float16; last dimension contiguous.
+        k_cache: (num_blocks, page_block_size, heads_k, head_dim), q's dtype; last dimension
+            contiguous. Query head h reads KV head h // (heads_q // heads_k). The kernels take
+            head_dim 576 and pages of 64.
+        block_table: int32 (batch, max_blocks), page numbers. What lies past a request's last page
+            is never used; a used number outside [0, num_blocks) is a page without keys.
+        cache_seqlens: int32 (batch,), keys of each request, clamped to its table. A request without
+            keys gives out 0 and lse +inf.
+        head_dim_v: width of a value; the kernels take 512.
+        tile_scheduler_metadata: from ``get_mla_metadata``, either the int32 (num_sm_parts, 8) array
+            or the ``FlashMLASchedMeta`` object; None plans for this call alone.
+        num_splits: the second result of ``get_mla_metadata``; int32, requests + 1.
+        softmax_scale: factor on q . k; default head_dim ** -0.5.
+        causal: query i of a request sees keys below seqlen - seq_len_q + i + 1.
+        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
+            extra_topk_length: not supported yet.
+        out: where to write the output instead of a new array; any strides, last dimension
+            contiguous.
+        lse: where to write lse instead of a new array; float32, any strides.
+
+    Returns:
+        out (batch, seq_len_q, heads_q, head_dim_v) in q's dtype, and lse (batch, heads_q,
+        seq_len_q) float32, the natural logarithm of the sum of exponentials.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says which, what came and what was
+            expected. Nothing has been launched.
+        NotImplementedError: a feature that is not there yet, by name.
+    """
+    checks.reject_unsupported(
+        is_fp8_kvcache=is_fp8_kvcache,
+        indices=indices,
+        attn_sink=attn_sink,
+        extra_k_cache=extra_k_cache,
+        extra_indices_in_kvcache=extra_indices_in_kvcache,
+        topk_length=topk_length,
+        extra_topk_length=extra_topk_length,
+    )
+    causal = checks.check_flag(causal, "causal")
+    q_view = arrays.view(q, "q")
+    k_view = arrays.view(k_cache, "k_cache")
+    table_view = arrays.view(block_table, "block_table")
+    lengths_view = arrays.view(cache_seqlens, "cache_seqlens")
+    out_view = None if out is None else arrays.view(out, "out")
+    lse_view = None if lse is None else arrays.view(lse, "lse")
+    shape = checks.check_decode(
+        q_view, k_view, table_view, lengths_view, head_dim_v, out_view, lse_view
+    )
+    scale = checks.check_scale(softmax_scale, shape.head_dim)
+
+    on_hopper = backends.choose(q_view.device) == "sm90"
+    if on_hopper:
+        checks.check_kernel_limits(shape, q_view, k_view)
+    plan = _plan_view(tile_scheduler_metadata, num_splits, shape, lengths_view)
+    if checks.validation_enabled():
+        checks.validate_contents(shape, table_view, lengths_view)
+
+    if not on_hopper:
+        result = reference.attend(
+            q_view.native,
+            k_view.native,
+            table_view.native,
+            lengths_view.native,
+            shape.head_dim_v,
+            scale,
+            causal,
+            out=None if out_view is None else out_view.native,
+            lse=None if lse_view is None else lse_view.native,
+        )
+        return _to_caller(q_view, result[0], out), _to_caller(q_view, result[1], lse)
+
+    if out_view is None:
+        out_shape = (shape.batch, shape.seq_len_q, shape.heads_q, shape.head_dim_v)
+        out_view = arrays.view(arrays.empty(q_view, out_shape, shape.dtype), "out")
+    if lse_view is None:
+        lse_shape = (shape.batch, shape.heads_q, shape.seq_len_q)
+        lse_view = arrays.view(arrays.empty(q_view, lse_shape, "float32"), "lse")
+    if shape.batch > 0:
+        sm90.decode(
+            shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
+        )
+    return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)
+
+
+def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seqlens: View) -> View:
+    """The plan's array, made now where the caller left it to us, and checked where not."""
+    if plan is None:
+        plan = metadata.make_plan(cache_seqlens, shape.rows_per_group, shape.heads_k)[0]
+    elif isinstance(plan, metadata.FlashMLASchedMeta):
+        if num_splits is not None:
+            raise ValueError(
+                "num_splits must be None when tile_scheduler_metadata is a FlashMLASchedMeta, "
+                "which holds its own."
+            )
+        holder = plan
+        plan, num_splits = holder.plan_for(shape, cache_seqlens), holder.num_splits
+    view = arrays.view(plan, "tile_scheduler_metadata")
+    splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")
+    parts = metadata.num_parts(cache_seqlens, shape.rows_per_group, shape.heads_k)
+    checks.check_metadata(view, splits_view, shape, parts, cache_seqlens.device)
+    return view
+
+
+def _to_caller(like: View, native: Any, given: Any) -> Any:
+    return arrays.from_native(like, native) if given is None else given
+
+
+def prepare(device: Any = None) -> None:
+    """Load every default kernel on a device now, so that the first call is as fast as the next.
+
+    Call it before capturing a CUDA graph. On a device without the kernels it does nothing.
+
+    Args:
+        device: index of a CUDA device, or an object with ``index`` such as
+            ``torch.device("cuda:1")``; default 0.
+
+    Raises:
+        CompileError, CompilerMissing, DriverError: the kernels can't be compiled or loaded.
+    """
+    index = getattr(device, "index", device)
+    where = arrays.Device("cuda", 0 if index is None else int(index))
+    if backends.choose(where) == "sm90":
+        sm90.prepare(where.index)

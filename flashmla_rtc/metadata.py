@@ -1,0 +1,146 @@
+"""The split plan as users hold it: two arrays, or an object that is filled at the first call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import arrays, backends, checks, schedule, sm90
+from .arrays import View
+from .checks import DecodeShape
+
+# A CPU works through requests one after the other: one part.
+CPU_PARTS = 1
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """A plan that ``flash_mla_with_kvcache`` fills at its first call and uses again at the next.
+
+    One object serves every layer of a step. The calls that share it must agree in batch, seq_len_q,
+    head counts and device; another call raises ValueError. Lengths may change in place: a plan made
+    for others stays correct and merely balances worse.
+
+    Attributes:
+        tile_scheduler_metadata: int32 (num_sm_parts, 8), or None before the first call. May be
+            assigned.
+        num_splits: int32 (batch + 1,), or None before the first call. May be assigned.
+    """
+
+    tile_scheduler_metadata: Any = None
+    num_splits: Any = None
+    _made_for: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+
+    def plan_for(self, shape: DecodeShape, cache_seqlens: View) -> Any:
+        """The plan's array for a call of this shape, made now if there is none.
+
+        Raises:
+            ValueError: the plan was made for another batch, seq_len_q, head count or device.
+        """
+        call = {
+            "batch": shape.batch,
+            "seq_len_q": shape.seq_len_q,
+            "heads_q": shape.heads_q,
+            "heads_k": shape.heads_k,
+            "device": str(cache_seqlens.device),
+        }
+        if self._made_for is None:
+            self._made_for = tuple(call.values())
+        elif self._made_for != tuple(call.values()):
+            differing = [
+                f"{name} {before} then, {now} now"
+                for (name, now), before in zip(call.items(), self._made_for, strict=True)
+                if now != before
+            ]
+            raise ValueError(
+                "tile_scheduler_metadata was filled by a call of another configuration: "
+                f"{'; '.join(differing)}. Make a new one with get_mla_metadata()."
+            )
+        if self.tile_scheduler_metadata is None:
+            self.tile_scheduler_metadata, self.num_splits = make_plan(
+                cache_seqlens, shape.rows_per_group, shape.heads_k
+            )
+        return self.tile_scheduler_metadata
+
+
+def num_parts(cache_seqlens: View, rows_per_group: int, heads_k: int) -> int:
+    """Rows of a plan on the device of ``cache_seqlens``."""
+    if backends.choose(cache_seqlens.device) == "sm90":
+        return sm90.num_parts(cache_seqlens.device.index, rows_per_group, heads_k)
+    return CPU_PARTS
+
+
+def make_plan(cache_seqlens: View, rows_per_group: int, heads_k: int) -> tuple[Any, Any]:
+    """``(tile_scheduler_metadata, num_splits)``: the caller's library, device and stream."""
+    if backends.choose(cache_seqlens.device) == "sm90":
+        metadata, num_splits = sm90.plan(cache_seqlens, rows_per_group, heads_k)
+        return (
+            arrays.from_native(cache_seqlens, metadata),
+            arrays.from_native(cache_seqlens, num_splits),
+        )
+    model = schedule.cost_model(rows_per_group, heads_k)
+    plan, splits = schedule.plan_numpy(arrays.to_numpy(cache_seqlens), CPU_PARTS, model)
+    return arrays.from_numpy(cache_seqlens, plan), arrays.from_numpy(cache_seqlens, splits)
+
+
+def get_mla_metadata(
+    cache_seqlens: Any = None,
+    num_q_tokens_per_head_k: Any = None,
+    num_heads_k: Any = None,
+    num_heads_q: Any = None,
+    is_fp8_kvcache: bool = False,
+    topk: Any = None,
+    *,
+    num_heads_per_head_k: Any = None,
+) -> tuple[Any, Any]:
+    """Plan how ``flash_mla_with_kvcache`` splits its work, in any of FlashMLA's three forms.
+
+    - ``get_mla_metadata()`` returns ``(FlashMLASchedMeta(), None)``, which the first decode call
+      fills.
+    - ``get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k)`` and
+      ``get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q=None)``
+      plan now, on the device and current stream of ``cache_seqlens``, without waiting for them.
+
+    Args:
+        cache_seqlens: int32 (batch,), keys of each request.
+        num_q_tokens_per_head_k: query rows of one KV head: seq_len_q * heads_q // heads_k.
+        num_heads_k: KV heads.
+        num_heads_q: query heads; only checked against num_heads_k.
+        is_fp8_kvcache, topk: not supported yet.
+        num_heads_per_head_k: the first release's name of ``num_q_tokens_per_head_k``.
+
+    Returns:
+        ``tile_scheduler_metadata`` int32 (num_sm_parts, 8) and ``num_splits`` int32 (batch + 1,).
+        num_sm_parts depends on the device and the head counts alone, so both can be updated in
+        place under a captured graph.
+
+    Raises:
+        TypeError, ValueError: see the message; nothing has been launched.
+        NotImplementedError: fp8 caches and top-k indices.
+    """
+    if checks.check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
+        raise NotImplementedError("is_fp8_kvcache=True: an fp8 KV cache is not supported yet.")
+    if topk is not None:
+        raise NotImplementedError("topk: sparse attention over indices is not supported yet.")
+    if num_heads_per_head_k is not None:
+        if num_q_tokens_per_head_k is not None:
+            raise TypeError(
+                "num_heads_per_head_k is the old name of num_q_tokens_per_head_k; give one of "
+                "them, not both."
+            )
+        num_q_tokens_per_head_k = num_heads_per_head_k
+    if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
+        return FlashMLASchedMeta(), None
+    for name, value in (
+        ("cache_seqlens", cache_seqlens),
+        ("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
+        ("num_heads_k", num_heads_k),
+    ):
+        if value is None:
+            raise TypeError(
+                "get_mla_metadata takes no arguments, or cache_seqlens, num_q_tokens_per_head_k "
+                f"and num_heads_k together; {name} is missing."
+            )
+    lengths = arrays.view(cache_seqlens, "cache_seqlens")
+    checks.check_planning(lengths, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
+    return make_plan(lengths, int(num_q_tokens_per_head_k), int(num_heads_k))

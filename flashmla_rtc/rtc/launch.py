@@ -1,0 +1,80 @@
+"""A launch: packed parameters, a grid, a stream, programmatic dependent launch."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+from .kernel import DriverError, LoadedKernel, _reason, driver
+from .params import ParamStruct
+
+Grid = tuple[int, int, int]
+
+
+class Launcher:
+    """Launches one loaded kernel.
+
+    Parameters are packed into a buffer of the calling thread; the driver copies them before
+    ``launch`` returns. Every launch carries the attribute of programmatic dependent launch, so the
+    kernel may start while its predecessor ends: it must execute ``griddepcontrol.wait`` before it
+    touches memory.
+    """
+
+    def __init__(self, kernel: LoadedKernel, params: ParamStruct, threads: int) -> None:
+        self.kernel = kernel
+        self.params = params
+        self.threads = threads
+        self._local = threading.local()
+        self._driver = driver()
+        self._launch = self._driver.cuLaunchKernelEx
+        self._success = self._driver.CUresult.CUDA_SUCCESS
+
+    def launch(self, grid: Grid, stream: int, values: dict[str, Any]) -> None:
+        """Launch ``grid`` blocks on ``stream`` with ``values``, one for each parameter by name.
+
+        The kernel's device must be current. Raises DriverError.
+        """
+        local = self._local
+        try:
+            configs = local.configs
+        except AttributeError:
+            configs = self._prepare_thread()
+        self.params.pack_into(local.buffer, values)
+        config = configs.get((grid, stream))
+        if config is None:
+            if len(configs) > 256:
+                configs.clear()
+            config = configs[grid, stream] = self._config(grid, stream)
+        status = self._launch(config, self.kernel.handle, local.pointers, 0)[0]
+        if status != self._success:
+            raise DriverError(
+                f"Launching {self.kernel.name} with grid {grid} failed: "
+                f"{_reason(self._driver, status)}"
+            )
+
+    def _prepare_thread(self) -> dict[tuple[Grid, int], Any]:
+        local = self._local
+        local.buffer = ctypes.create_string_buffer(self.params.size)
+        local.array = (ctypes.c_void_p * 1)(ctypes.addressof(local.buffer))
+        local.pointers = ctypes.addressof(local.array)
+        local.configs = {}
+        return local.configs  # type: ignore[no-any-return]
+
+    def _config(self, grid: Grid, stream: int) -> Any:
+        cuda = self._driver
+        value = cuda.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute = cuda.CUlaunchAttribute()
+        attribute.id = (
+            cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value = value
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes = self.kernel.dynamic_smem_bytes
+        config.hStream = cuda.CUstream(stream)
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        return config

@@ -1,0 +1,202 @@
+"""The Hopper backend: planner, decode and combine kernels, on the caller's arrays and stream."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from typing import Any
+
+from . import arrays, geometry, schedule, variants, workspace
+from .arrays import View
+from .checks import DecodeShape
+from .geometry import CostModel
+from .rtc.kernel import KernelTable, call, device_facts, driver, on_device
+from .rtc.launch import Launcher
+from .rtc.tensor_map import tiled_map
+
+LOG2_E = math.log2(math.e)
+_SUFFIX = {"bfloat16": "bf16", "float16": "fp16"}
+# Thread blocks of the combine kernel a SM; each takes work until there is none.
+_COMBINE_BLOCKS_A_SM = 6
+
+_table = KernelTable()
+_launchers: dict[tuple[str, int], Launcher] = {}
+_lock = threading.Lock()
+
+
+def launcher(name: str, device: int) -> Launcher:
+    """The kernel called ``name`` on ``device``, compiled and loaded if it is not yet.
+
+    Raises:
+        CompileError, CompilerMissing: it can't be compiled.
+        DriverError: it can't be loaded.
+    """
+    found = _launchers.get((name, device))
+    if found is not None:
+        return found
+    variant = variants.by_name(name)
+    kernel = variants.builder.obtain(variant.source())
+    loaded = _table.load(kernel, device, variant.dynamic_smem_bytes)
+    with _lock:
+        return _launchers.setdefault(
+            (name, device), Launcher(loaded, variant.params, variant.threads)
+        )
+
+
+def prepare(device: int) -> None:
+    """Load every default kernel on ``device``, so that no later call has to."""
+    for variant in variants.default_variants():
+        launcher(variant.name, device)
+
+
+@functools.cache
+def num_parts(device: int, rows_per_group: int, heads_k: int) -> int:
+    """Rows of a plan on ``device`` for these head counts."""
+    return schedule.num_sm_parts(device_facts(device).num_sms, rows_per_group, heads_k)
+
+
+def plan(cache_seqlens: View, rows_per_group: int, heads_k: int) -> tuple[Any, Any]:
+    """Plan on the GPU without waiting for it: new tile_scheduler_metadata and num_splits arrays."""
+    parts = num_parts(cache_seqlens.device.index, rows_per_group, heads_k)
+    batch = cache_seqlens.shape[0]
+    metadata = arrays.empty(cache_seqlens, (parts, geometry.PLAN_COLUMNS), "int32")
+    num_splits = arrays.empty(cache_seqlens, (batch + 1,), "int32")
+    model = schedule.cost_model(rows_per_group, heads_k)
+    plan_into(cache_seqlens, metadata, num_splits, parts, model)
+    return metadata, num_splits
+
+
+def plan_into(
+    cache_seqlens: View, metadata: Any, num_splits: Any, parts: int, model: CostModel
+) -> None:
+    """Plan into arrays of the shapes that :func:`plan` makes."""
+    device = cache_seqlens.device.index
+    values = {
+        "cache_seqlens": cache_seqlens.pointer,
+        "plan": arrays.pointer(metadata),
+        "num_splits": arrays.pointer(num_splits),
+        "batch": cache_seqlens.shape[0],
+        "num_parts": parts,
+        "segment_cost": model.segment,
+        "piece_cost": model.piece,
+        "merge_cost": model.merge,
+        "merge_longest_cost": model.merge_longest,
+        "merge_cut_cost": model.merge_cut,
+    }
+    with on_device(device):
+        kernel = launcher("mla_schedule", device)
+        kernel.launch((1, 1, 1), arrays.current_stream(cache_seqlens), values)
+
+
+def decode(
+    shape: DecodeShape,
+    q: View,
+    k_cache: View,
+    block_table: View,
+    cache_seqlens: View,
+    metadata: View,
+    softmax_scale: float,
+    causal: bool,
+    out: View,
+    lse: View,
+) -> None:
+    """Decode into ``out`` and ``lse`` by the plan ``metadata``, on the caller's current stream.
+
+    Everything has been checked. Shapes and dtypes as in ``flash_mla_with_kvcache``.
+    """
+    device = q.device.index
+    parts = metadata.shape[0]
+    rows = shape.rows_per_group
+    stream = arrays.current_stream(q)
+    facts = device_facts(device)
+    with on_device(device):
+        suffix = _SUFFIX[shape.dtype]
+        decode_kernel = launcher(f"mla_decode_{suffix}", device)
+        combine_kernel = launcher(f"mla_combine_{suffix}", device)
+        partial_out, partial_lse, keep_alive = (
+            workspace.partials(q, facts.num_sms, stream, _is_capturing(q, stream))
+            if parts > 1
+            else (0, 0, None)
+        )
+        out_aligned = _rows_aligned(out)
+        common = {
+            "out": out.pointer,
+            "out_stride_batch": out.strides[0],
+            "out_stride_seq": out.strides[1],
+            "out_stride_head": out.strides[2],
+            "lse": lse.pointer,
+            "lse_stride_batch": lse.strides[0],
+            "lse_stride_head": lse.strides[1],
+            "lse_stride_seq": lse.strides[2],
+            "plan": metadata.pointer,
+            "partial_out": partial_out,
+            "partial_lse": partial_lse,
+            "batch": shape.batch,
+            "heads_k": shape.heads_k,
+            "heads_per_group": shape.heads_per_group,
+            "rows_per_group": rows,
+            "out_is_aligned": out_aligned,
+        }
+        decode_kernel.launch(
+            (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts),
+            stream,
+            {
+                **common,
+                "k_map": _cache_map(shape, k_cache),
+                "q": q.pointer,
+                "q_stride_batch": q.strides[0],
+                "q_stride_seq": q.strides[1],
+                "q_stride_head": q.strides[2],
+                "block_table": block_table.pointer,
+                "block_table_stride": block_table.strides[0],
+                "cache_seqlens": cache_seqlens.pointer,
+                "seq_len_q": shape.seq_len_q,
+                "num_blocks": shape.num_blocks,
+                "max_blocks": shape.max_blocks,
+                "causal": causal,
+                "q_is_aligned": _rows_aligned(q),
+                "scale_log2": softmax_scale * LOG2_E,
+            },
+        )
+        if parts > 1:
+            combine_kernel.launch(
+                (facts.num_sms * _COMBINE_BLOCKS_A_SM, 1, 1),
+                stream,
+                {**common, "num_parts": parts},
+            )
+    del keep_alive
+
+
+def _rows_aligned(array: View) -> bool:
+    """Whether every row of a 16-bit array begins at a multiple of 16 bytes."""
+    if array.pointer % 16:
+        return False
+    return all(
+        stride % 8 == 0 or extent == 1
+        for stride, extent in zip(array.strides[:3], array.shape[:3], strict=True)
+    )
+
+
+def _cache_map(shape: DecodeShape, k_cache: View) -> bytes:
+    """The tensor map of the cache as (head_dim, row of a page, KV head, page), boxes of 64 x 64."""
+    if shape.num_blocks == 0:
+        return bytes(128)  # no page number is valid, so nothing is ever copied through it
+    strides = [
+        stride * 2 if extent > 1 else shape.head_dim * 2
+        for stride, extent in zip(k_cache.strides[:3], k_cache.shape[:3], strict=True)
+    ]
+    return tiled_map(
+        k_cache.pointer,
+        shape.dtype,
+        (shape.head_dim, shape.page_block_size, shape.heads_k, shape.num_blocks),
+        (strides[1], strides[2], strides[0]),
+        (64, geometry.BLOCK_KEYS, 1, 1),
+    )
+
+
+def _is_capturing(q: View, stream: int) -> bool:
+    if stream in (0, 1):  # legacy default stream: can't be captured
+        return False
+    state = call("cuStreamIsCapturing", stream)
+    return state != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE

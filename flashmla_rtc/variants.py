@@ -1,0 +1,184 @@
+"""The kernels that the package compiles: which source, with which constants, for which entry."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import geometry
+from .rtc import Builder, KernelSource
+from .rtc.params import ParamStruct
+
+builder = Builder()
+"""Compiles the package's kernels, each once a process."""
+
+_PACKAGE = Path(__file__).resolve().parent
+
+# What launches kernels and so belongs to what a measurement or a GPU test run has seen.
+_LAUNCHING_PYTHON = (
+    "arrays.py",
+    "backends.py",
+    "checks.py",
+    "geometry.py",
+    "interface.py",
+    "metadata.py",
+    "schedule.py",
+    "sm90.py",
+    "variants.py",
+    "workspace.py",
+    "rtc/compiler.py",
+    "rtc/kernel.py",
+    "rtc/launch.py",
+    "rtc/params.py",
+    "rtc/tensor_map.py",
+)
+
+# A wait inside a kernel that takes more polls than this is a bug and ends the kernel; 0 waits for
+# ever.
+TRAP_AFTER_SPINS = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel of the package.
+
+    name: unique. file: its source in the kernels folder. entry: its ``extern "C"`` symbol.
+    params: the struct it takes. threads: of a thread block.
+    dynamic_smem_bytes: shared memory asked for at launch.
+    element: "Bf16", "Fp16" or None. constants: (type, name, value) known at compile time.
+    """
+
+    name: str
+    file: str
+    entry: str
+    params: ParamStruct
+    threads: int
+    dynamic_smem_bytes: int = 0
+    element: str | None = None
+    constants: tuple[tuple[str, str, int], ...] = field(default=())
+
+    def source(self) -> KernelSource:
+        """The translation unit: one named block of constants, the parameter struct, the kernel."""
+        element = [f"using Element = {self.element};"] if self.element else []
+        constants = [f"constexpr {kind} {name} = {value};" for kind, name, value in self.constants]
+        text = "\n".join(
+            [
+                '#include "ptx/tma.cuh"',
+                '#include "ptx/types.cuh"',
+                "namespace config {",
+                *element,
+                *constants,
+                "}  // namespace config",
+                self.params.cpp(),
+                f'#include "{self.file}"',
+                "",
+            ]
+        )
+        return KernelSource(self.name, self.entry, text, _headers())
+
+
+def _decode(dtype: str, element: str) -> Variant:
+    return Variant(
+        f"mla_decode_{dtype}",
+        "mla_decode.cuh",
+        "mla_decode",
+        geometry.DECODE_PARAMS,
+        geometry.DECODE_THREADS,
+        geometry.DECODE_SHARED_BYTES,
+        element,
+        (
+            ("int", "HEAD_DIM", geometry.HEAD_DIM),
+            ("int", "HEAD_DIM_V", geometry.HEAD_DIM_V),
+            ("int", "BLOCK_ROWS", geometry.BLOCK_ROWS),
+            ("int", "BLOCK_KEYS", geometry.BLOCK_KEYS),
+            ("int", "SHARED_BYTES", geometry.DECODE_SHARED_BYTES),
+            ("u32", "TRAP_AFTER_SPINS", TRAP_AFTER_SPINS),
+        ),
+    )
+
+
+def _combine(dtype: str, element: str) -> Variant:
+    return Variant(
+        f"mla_combine_{dtype}",
+        "mla_combine.cuh",
+        "mla_combine",
+        geometry.COMBINE_PARAMS,
+        geometry.COMBINE_THREADS,
+        element=element,
+        constants=(
+            ("int", "HEAD_DIM_V", geometry.HEAD_DIM_V),
+            ("int", "COMBINE_THREADS", geometry.COMBINE_THREADS),
+            ("int", "MAX_PARTS", geometry.MAX_PARTS),
+        ),
+    )
+
+
+def _schedule() -> Variant:
+    return Variant(
+        "mla_schedule",
+        "mla_schedule.cuh",
+        "mla_schedule",
+        geometry.SCHEDULE_PARAMS,
+        geometry.SCHEDULE_THREADS,
+        constants=(
+            ("int", "BLOCK_KEYS", geometry.BLOCK_KEYS),
+            ("int", "COST_UNIT", geometry.COST_UNIT),
+            ("int", "MAX_PLANNED_BLOCKS", geometry.MAX_PLANNED_BLOCKS),
+            ("int", "MAX_PARTS", geometry.MAX_PARTS),
+            ("int", "SCHEDULE_THREADS", geometry.SCHEDULE_THREADS),
+            ("int", "SCHEDULE_CANDIDATES", geometry.SCHEDULE_CANDIDATES),
+        ),
+    )
+
+
+@functools.cache
+def default_variants() -> tuple[Variant, ...]:
+    """The kernels compiled at import, the slowest to compile first."""
+    return (
+        _decode("bf16", "Bf16"),
+        _decode("fp16", "Fp16"),
+        _combine("bf16", "Bf16"),
+        _combine("fp16", "Fp16"),
+        _schedule(),
+    )
+
+
+@functools.cache
+def by_name(name: str) -> Variant:
+    """The variant called ``name``. Raises KeyError."""
+    return {variant.name: variant for variant in default_variants()}[name]
+
+
+@functools.cache
+def kernels_dir() -> Path:
+    """Where the CUDA source is: inside the installed package, or beside it in a checkout."""
+    for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
+        if (folder / "mla_decode.cuh").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"The CUDA source is missing: neither {_PACKAGE / 'kernels'} nor "
+        f"{_PACKAGE.parent / 'kernels'} holds mla_decode.cuh. Reinstall flashmla_rtc."
+    )
+
+
+@functools.cache
+def _headers() -> dict[str, str]:
+    folder = kernels_dir()
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*.cuh"))
+    }
+
+
+def sources_digest() -> str:
+    """SHA-256 over the CUDA source and the Python that launches it, in hex."""
+    digest = hashlib.sha256()
+    files = [(f"kernels/{name}", text) for name, text in _headers().items()]
+    files += [(name, (_PACKAGE / name).read_text(encoding="utf-8")) for name in _LAUNCHING_PYTHON]
+    for name, text in files:
+        for part in (name, text):
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

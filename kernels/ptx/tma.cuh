@@ -1,0 +1,46 @@
+// The copy engine (TMA): box copies through a tensor map, and the 16-byte cp.async that threads issue themselves.
+// PTX ISA: "cp.async.bulk.tensor", "cp.async", "createpolicy".
+#pragma once
+#include "ptx/types.cuh"
+
+// What cuTensorMapEncodeTiled fills on the host; opaque here.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+__device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// L2 policy: this data is read once, evict it first.
+__device__ __forceinline__ u64 l2_evict_first() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// L2 policy: other thread blocks read this data soon, keep it as usual.
+__device__ __forceinline__ u64 l2_evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Copy the box at coordinates (c0, c1, c2, c3) to shared memory; `barrier` counts its bytes. What lies outside the
+// tensor arrives as zeros and is counted all the same.
+__device__ __forceinline__ void tma_load_4d(
+    u32 destination, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        : "memory");
+}
+
+// 16 bytes from global to shared memory without passing registers; zeros when !valid (nothing is read then).
+__device__ __forceinline__ void copy_async_16(u32 destination, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -1,0 +1,35 @@
+// Integer names and the two element types, so that no header outside kernels/ is needed.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+// Tags: which 16-bit float the tensor cores shall read. The bits travel as u16 or, two at a time, as u32.
+struct Bf16 {
+    static constexpr u32 EXPONENT_MASK = 0x7F80;  // all ones: inf or NaN
+};
+struct Fp16 {
+    static constexpr u32 EXPONENT_MASK = 0x7C00;
+};
+
+template <class A, class B>
+struct SameType {
+    static constexpr bool value = false;
+};
+template <class A>
+struct SameType<A, A> {
+    static constexpr bool value = true;
+};
+
+#define INFINITY_F32 __int_as_float(0x7F800000)
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
+
+// The 32-bit address that shared-memory instructions take.
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
