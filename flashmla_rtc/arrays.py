@@ -8,6 +8,7 @@ DLPack are taken too. Nothing here copies the caller's data.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,6 +212,28 @@ def from_native(like: View, native: Any) -> Any:
         if namespace is not None and hasattr(namespace(), "from_dlpack"):
             return namespace().from_dlpack(native)
     return native
+
+
+# JAX arrays in use by work on a stream that JAX does not know of, and the event at its end.
+_in_flight: deque[tuple[Any, tuple[View, ...]]] = deque()
+
+
+def keep_until_done(*views: View) -> None:
+    """Keep JAX arrays alive until the current stream has done what was launched on it.
+
+    torch and CuPy reuse memory in the order of the caller's stream, so their arrays may be dropped
+    as soon as a call returns. JAX orders its memory by streams of its own.
+    """
+    if views[0].library != "jax" or views[0].device.type != "cuda":
+        return
+    import cupy
+
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+    with cupy.cuda.Device(views[0].device.index):
+        event = cupy.cuda.Event(block=False, disable_timing=True)
+        event.record()
+    _in_flight.append((event, views))
 
 
 def current_stream(like: View) -> int:

@@ -160,12 +160,13 @@ def check_decode(
             f"head_dim_v must be between 1 and head_dim ({head_dim}), but it is {head_dim_v}."
         )
 
-    # The stride of an axis with one element says nothing, so it is not looked at.
-    if q.strides[3] != 1 and head_dim > 1:
+    # The stride of an axis with one element says nothing, nor do those of an array without any, so
+    # they are not looked at.
+    if q.strides[3] != 1 and head_dim > 1 and 0 not in q.shape:
         raise messages.wrong_stride("q", q)
-    if k_cache.strides[3] != 1 and head_dim > 1:
+    if k_cache.strides[3] != 1 and head_dim > 1 and 0 not in k_cache.shape:
         raise messages.wrong_stride("k_cache", k_cache)
-    if block_table.strides[1] != 1 and max_blocks > 1:
+    if block_table.strides[1] != 1 and max_blocks > 1 and batch > 0:
         raise messages.wrong_stride("block_table", block_table)
     if cache_seqlens.strides[0] != 1 and batch > 1:
         raise messages.wrong_stride("cache_seqlens", cache_seqlens)
@@ -173,7 +174,7 @@ def check_decode(
     if out is not None:
         out_axes = "(batch, seq_len_q, heads_q, head_dim_v)"
         _check_result("out", out, q, (batch, seq_len_q, heads_q, head_dim_v), out_axes, dtype)
-        if out.strides[3] != 1 and head_dim_v > 1:
+        if out.strides[3] != 1 and head_dim_v > 1 and batch > 0:
             raise messages.wrong_stride("out", out)
     if lse is not None:
         lse_axes = "(batch, heads_q, seq_len_q)"
@@ -216,8 +217,12 @@ def _check_result(
         )
     if result.device != q.device:
         raise messages.wrong_device(q.device, **{name: result})
-    if 0 in result.strides and any(
-        stride == 0 and extent > 1 for stride, extent in zip(result.strides, shape, strict=True)
+    if (
+        0 in result.strides
+        and 0 not in shape
+        and any(
+            stride == 0 and extent > 1 for stride, extent in zip(result.strides, shape, strict=True)
+        )
     ):
         raise ValueError(
             f"{name} must give each element its own place in memory, but an axis longer than 1 has "

@@ -17,6 +17,9 @@ from .rtc.tensor_map import tiled_map
 
 LOG2_E = math.log2(math.e)
 _SUFFIX = {"bfloat16": "bf16", "float16": "fp16"}
+# A scale of 0 would turn the -inf of a masked score into NaN. This one gives the same results: no
+# product of 16-bit floats that the float32 sums of a score can hold is moved by it.
+_LEAST_SCALE = 1e-42
 # Thread blocks of the combine kernel a SM; each takes work until there is none.
 _COMBINE_BLOCKS_A_SM = 6
 
@@ -87,6 +90,7 @@ def plan_into(
     with on_device(device):
         kernel = launcher("mla_schedule", device)
         kernel.launch((1, 1, 1), arrays.current_stream(cache_seqlens), values)
+    arrays.keep_until_done(cache_seqlens)
 
 
 def decode(
@@ -143,7 +147,7 @@ def decode(
             stream,
             {
                 **common,
-                "k_map": _cache_map(shape, k_cache),
+                "k_map": _cache_map(shape, k_cache, metadata),
                 "q": q.pointer,
                 "q_stride_batch": q.strides[0],
                 "q_stride_seq": q.strides[1],
@@ -156,7 +160,7 @@ def decode(
                 "max_blocks": shape.max_blocks,
                 "causal": causal,
                 "q_is_aligned": _rows_aligned(q),
-                "scale_log2": softmax_scale * LOG2_E,
+                "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
             },
         )
         if parts > 1:
@@ -165,6 +169,7 @@ def decode(
                 stream,
                 {**common, "num_parts": parts},
             )
+    arrays.keep_until_done(q, k_cache, block_table, cache_seqlens, metadata)
     del keep_alive
 
 
@@ -178,18 +183,21 @@ def _rows_aligned(array: View) -> bool:
     )
 
 
-def _cache_map(shape: DecodeShape, k_cache: View) -> bytes:
-    """The tensor map of the cache as (head_dim, row of a page, KV head, page), boxes of 64 x 64."""
-    if shape.num_blocks == 0:
-        return bytes(128)  # no page number is valid, so nothing is ever copied through it
+def _cache_map(shape: DecodeShape, k_cache: View, metadata: View) -> bytes:
+    """The tensor map of the cache as (head_dim, row of a page, KV head, page), boxes of 64 x 64.
+
+    A map can't be empty. For a cache without pages it names one that is never in use, at an address
+    that is as good as any other: no page number is valid then, and such pages are read as zeros
+    from outside the map.
+    """
     strides = [
         stride * 2 if extent > 1 else shape.head_dim * 2
         for stride, extent in zip(k_cache.strides[:3], k_cache.shape[:3], strict=True)
     ]
     return tiled_map(
-        k_cache.pointer,
+        k_cache.pointer if shape.num_blocks else metadata.pointer,
         shape.dtype,
-        (shape.head_dim, shape.page_block_size, shape.heads_k, shape.num_blocks),
+        (shape.head_dim, shape.page_block_size, shape.heads_k, max(shape.num_blocks, 1)),
         (strides[1], strides[2], strides[0]),
         (64, geometry.BLOCK_KEYS, 1, 1),
     )

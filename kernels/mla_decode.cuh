@@ -9,27 +9,27 @@
 //   left       scores and probabilities of the even blocks, and output columns   0..255
 //   right      scores and probabilities of the odd  blocks, and output columns 256..511
 //
-// The 64 x 512 float32 output fills half a register file, so only one fits; left and right hold a half each and both
-// need the probabilities of both blocks. For a pair of blocks 0 and 1 ("seesaw", FlashMLA's write-up of 2025-04-22):
+// The 64 x 512 float32 output fills half a register file, so only one fits; left and right hold a half each, and both
+// need the probabilities of every block (a simplification of "seesaw", FlashMLA's write-up of 2025-04-22, in which each
+// side multiplies its own block first and P0 has to be rescaled by the maximum of both). For a pair of blocks 0 and 1:
 //
 //   left                                            right
 //   S0 = Q K0^T                                     S1 = Q K1^T
-//   m0 = max(m, S0), P0 = 2^(S0 - m0)
-//   O_L = O_L 2^(m - m0) + P0 V0_L      -- m0 -->   m1 = max(m0, S1), P1 = 2^(S1 - m1)
-//                                       <- m1,P1 -  O_R = O_R 2^(m - m1) + P1 V1_R
-//   P0 = P0 2^(m0 - m1)                 -- P0 -->
-//   O_L = O_L 2^(m0 - m1) + P1 V1_L                 O_R = O_R + P0 V0_R
+//   m0 = max(m, S0), P0 = 2^(S0 - m0)   -- P0, m0 -->
+//   O_L = O_L 2^(m - m0) + P0 V0_L                  O_R = O_R 2^(m - m0) + P0 V0_R
+//                                       <-- P1, m1 --  m1 = max(m0, S1), P1 = 2^(S1 - m1)
+//   O_L = O_L 2^(m0 - m1) + P1 V1_L                 O_R = O_R 2^(m0 - m1) + P1 V1_R
 //
-// One side's softmax runs under the other side's products. K lives in two slots of nine 64 x 64 boxes with a barrier
-// each, so S starts with the first box that lands, and boxes are refilled as soon as their last reader is done: box 8
-// (rope, no value) after S, boxes 0..3 (V_L) after left's product, boxes 4..7 (V_R) after right's.
+// The sides run half a pair apart: left's softmax runs under S1, right's under the products with V0. K lives in two
+// slots of nine 64 x 64 boxes with a barrier each, so S starts with the first box that lands, and boxes are refilled as
+// soon as their last reader is done: box 8 (rope, no value) after S, boxes 0..3 (V_L) after left's product, boxes 4..7
+// (V_R) after right's.
 //
 // Who reads what, and why no barrier is missing:
-//   row_max[0] left -> right      written before M0_READY, read before P1_READY, written again after P1_READY
-//   row_max[1], P1 right -> left  written before P1_READY; read by left up to its product P1 V1_L, which left awaits
-//                                 before the next M0_READY; right writes again after that M0_READY
-//   P0 left -> right              written before P0_READY; left writes again after the next S, for which it needs K boxes
-//                                 that right's product P0 V0_R had to free first
+//   P0, row_max[0]: left -> right   written before P0_READY. Left writes again after its next S0, for which it needs K boxes
+//                                   that right's product P0 V0_R had to free first.
+//   P1, row_max[1]: right -> left   written before P1_READY. Left awaits its product P1 V1_L before the next P0_READY, and
+//                                   right writes again after that.
 #include "mla_plan.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/mbarrier.cuh"
@@ -59,7 +59,7 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int Q_LOADERS = 64;  // threads
 
 // Named barriers (0 is __syncthreads).
-constexpr int M0_READY = 1, P1_READY = 2, P0_READY = 3, BOTH_SIDES = 4, ONE_SIDE = 5;  // ONE_SIDE + side
+constexpr int P0_READY = 1, P1_READY = 2, BOTH_SIDES = 3, ONE_SIDE = 4;  // ONE_SIDE + side
 
 // The maximum before any key: low enough that 2^(anything - m) vanishes, finite so that no inf - inf arises.
 constexpr float NO_MAXIMUM = -1e30f;
@@ -112,7 +112,7 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
     const u64 policy = gridDim.x > 1 ? l2_evict_normal() : l2_evict_first();  // several row blocks share K through L2
     const int kv_head = blockIdx.y;
     u32 parity = 0;
-    for (PartWalk walk(params.plan, blockIdx.z, params.batch); walk.more(); walk.next()) {
+    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
         const Request request(params, walk.request, first_row);
         const int first = walk.first(request.blocks()), last = walk.last(request.blocks());
         const int* table = params.block_table + walk.request * params.block_table_stride;
@@ -156,7 +156,7 @@ __device__ void produce_q(const MlaDecodeParams& params, Shared& shared, int fir
     const i64 row_offset = group_row / params.heads_per_group * params.q_stride_seq +
                            (blockIdx.y * params.heads_per_group + group_row % params.heads_per_group) * params.q_stride_head;
     u32 parity = 0;
-    for (PartWalk walk(params.plan, blockIdx.z, params.batch); walk.more(); walk.next()) {
+    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
         const Request request(params, walk.request, first_row);
         if (walk.first(request.blocks()) == walk.last(request.blocks())) continue;
         const u16* const lane_row = params.q + (row_exists ? walk.request * params.q_stride_batch + row_offset : 0);
@@ -350,11 +350,24 @@ __device__ __forceinline__ void rescale(float (&output)[128], float (&sum)[2], c
 }
 
 // Probabilities in the layout of wgmma's A operand: step s covers keys 16 s .. 16 s + 15.
-__device__ __forceinline__ void pack_step(const float (&scores)[32], int step, const float (&factor)[2], u32 (&words)[4]) {
+__device__ __forceinline__ void pack_probabilities(const float (&scores)[32], u32 (&p)[K_STEPS][4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        words[i] = pack2<Element>(scores[step * 8 + i * 2] * factor[i % 2], scores[step * 8 + i * 2 + 1] * factor[i % 2]);
+    for (int i = 0; i < K_STEPS * 4; i++) p[i / 4][i % 4] = pack2<Element>(scores[i * 2], scores[i * 2 + 1]);
+}
+
+// Waits for the other side's P and goes over to the maximum that it is relative to.
+template <int OTHER>
+__device__ __forceinline__ void take_over_maximum(const Shared& shared, const Place& place, float scale,
+    float (&maximum)[2], float (&output)[128], float (&sum)[2]) {
+    named_barrier_sync(OTHER == LEFT ? P0_READY : P1_READY, 2 * WARPGROUP);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float now = shared.row_max[OTHER][place.row(half)];
+        factor[half] = exp2_approx((maximum[half] - now) * scale);
+        maximum[half] = now;
     }
+    rescale(output, sum, factor);
 }
 
 // Writes this warp's 16 rows of P to a box, for the tensor cores to read.
@@ -444,12 +457,11 @@ template <int SIDE>
 __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& shared, int first_row) {
     const Place place;
     const float scale = params.scale_log2;
-    const float ones[2] = {1.0f, 1.0f};
     u8* const p1_box = shared.q[ROPE_BOX];
     const u64 tiles = swizzled_descriptor(shared_address(&shared));
     u32 q_parity = 0, k_parity = 0;
 
-    for (PartWalk walk(params.plan, blockIdx.z, params.batch); walk.more(); walk.next()) {
+    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
         const Request request(params, walk.request, first_row);
         const int first = walk.first(request.blocks()), last = walk.last(request.blocks());
         const int limit[2] = {Request::limit(params, request.length, first_row + place.row(0)),
@@ -467,88 +479,73 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& s
             named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);  // P1 may overwrite Q's rope box
 
             for (int block = first + SIDE; block - SIDE < last; block += 2) {
-                // 1. S of our own block.
+                // 1. Start S of our own block. Right multiplies the left block's P behind it.
                 float scores[32];
                 u32 p[K_STEPS][4];
                 pin_registers(scores);
                 start_scores<SIDE>(scores, shared, tiles, q_rope, k_parity);
                 wgmma_commit();
-                wgmma_wait<0>();
+                if (SIDE == RIGHT) {
+                    take_over_maximum<LEFT>(shared, place, scale, maximum, output, sum);
+                    pin_registers(output);
+                    wgmma_fence();
+                    start_output<RIGHT>(output, shared.p0, shared, tiles, LEFT);
+                    wgmma_commit();
+                    wgmma_wait<1>();
+                } else {
+                    wgmma_wait<0>();
+                }
                 pin_registers(scores);
                 const bool valid = shared.page_is_valid[SIDE];
                 release(shared.k_empty[SIDE][ROPE_BOXES_FREE], place);
                 k_parity ^= 1;
 
-                // 2. The maxima, our block's and, on the right, the left block's.
+                // 2. The maximum with our block, P, and both for the other side.
                 if (!valid || (block + 1) * KEYS > request.limit_min) {
                     mask_scores<SIDE>(scores, shared, place, limit, request.limit_min, block, valid);
                 }
                 const float before[2] = {maximum[0], maximum[1]};
                 row_maxima(scores, maximum);
-                if (SIDE == RIGHT) {
-                    named_barrier_sync(M0_READY, 2 * WARPGROUP);
-#pragma unroll
-                    for (int half = 0; half < 2; half++)
-                        maximum[half] = fmaxf(maximum[half], shared.row_max[LEFT][place.row(half)]);
-                }
+                const float factor[2] = {exp2_approx((before[0] - maximum[0]) * scale),
+                                         exp2_approx((before[1] - maximum[1]) * scale)};
+                float own_sum[2] = {0.0f, 0.0f};
+                exponentiate(scores, maximum, scale, own_sum);
+                pack_probabilities(scores, p);
                 if (place.lane % 4 == 0) {
                     shared.row_max[SIDE][place.row(0)] = maximum[0];
                     shared.row_max[SIDE][place.row(1)] = maximum[1];
                 }
-                if (SIDE == LEFT) named_barrier_arrive(M0_READY, 2 * WARPGROUP);
+                store_probabilities(SIDE == LEFT ? shared.p0 : p1_box, p, place);
+                named_barrier_arrive(SIDE == LEFT ? P0_READY : P1_READY, 2 * WARPGROUP);
 
-                // 3. P, and the product with our own block's values.
-                float factor[2] = {exp2_approx((before[0] - maximum[0]) * scale),
-                                   exp2_approx((before[1] - maximum[1]) * scale)};
-                rescale(output, sum, factor);
-                exponentiate(scores, maximum, scale, sum);
-#pragma unroll
-                for (int step = 0; step < K_STEPS; step++) pack_step(scores, step, ones, p[step]);
+                // 3. The product with our own block's values.
                 if (SIDE == RIGHT) {
-                    store_probabilities(p1_box, p, place);
-                    named_barrier_arrive(P1_READY, 2 * WARPGROUP);
+                    wgmma_wait<0>();
+                    pin_registers(output);
+                    release(shared.k_empty[LEFT][RIGHT], place);
                 }
+                rescale(output, sum, factor);
+                sum[0] += own_sum[0];
+                sum[1] += own_sum[1];
                 pin_registers(output);
                 wgmma_fence();
                 start_output<SIDE>(output, p, shared, tiles, SIDE);
                 wgmma_commit();
+                wgmma_wait<0>();
+                pin_registers(output);
+                release(shared.k_empty[SIDE][SIDE], place);
 
-                // 4. The other block's.
+                // 4. Left multiplies the right block's P.
                 if (SIDE == LEFT) {
-                    // Most often m1 = m0, so P0 is written before that is known, and once more if it turns out otherwise.
-                    store_probabilities(shared.p0, p, place);
-                    named_barrier_sync(P1_READY, 2 * WARPGROUP);
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const float both = shared.row_max[RIGHT][place.row(half)];
-                        factor[half] = exp2_approx((maximum[half] - both) * scale);
-                        maximum[half] = both;
-                    }
-                    if (any_change(factor)) {
-                        u32 again[K_STEPS][4];
-#pragma unroll
-                        for (int step = 0; step < K_STEPS; step++) pack_step(scores, step, factor, again[step]);
-                        store_probabilities(shared.p0, again, place);
-                    }
-                    named_barrier_arrive(P0_READY, 2 * WARPGROUP);
-                    wgmma_wait<0>();
-                    pin_registers(output);
-                    release(shared.k_empty[LEFT][LEFT], place);
-                    rescale(output, sum, factor);
+                    take_over_maximum<RIGHT>(shared, place, scale, maximum, output, sum);
                     pin_registers(output);
                     wgmma_fence();
                     start_output<LEFT>(output, p1_box, shared, tiles, RIGHT);
-                } else {
-                    named_barrier_sync(P0_READY, 2 * WARPGROUP);
-                    start_output<RIGHT>(output, shared.p0, shared, tiles, LEFT);
                     wgmma_commit();
-                    wgmma_wait<1>();
-                    release(shared.k_empty[RIGHT][RIGHT], place);
+                    wgmma_wait<0>();
+                    pin_registers(output);
+                    release(shared.k_empty[RIGHT][LEFT], place);
                 }
-                wgmma_commit();
-                wgmma_wait<0>();
-                pin_registers(output);
-                release(shared.k_empty[SIDE ^ 1][SIDE], place);
             }
             release(shared.q_empty, place);
 

@@ -32,14 +32,15 @@ struct PartWalk {
     int begin_block, end_block;
     bool end_is_cut;
 
-    __device__ __forceinline__ PartWalk(const int* plan, int part, int batch) {
+    // A lone part has no others to share a request with, and no workspace.
+    __device__ __forceinline__ PartWalk(const int* plan, int part, int num_parts, int batch) {
         const int4 low = reinterpret_cast<const int4*>(plan)[2 * part];
         const int4 high = reinterpret_cast<const int4*>(plan)[2 * part + 1];
         request = clamp(low.x, 0, batch);
         last_request = clamp(low.z, -1, batch - 1);
-        begin_block = low.y < 0 ? 0 : low.y;
+        begin_block = low.y < 0 || num_parts == 1 ? 0 : low.y;
         end_block = low.w < 0 ? 0 : low.w;
-        end_is_cut = high.y != 0;
+        end_is_cut = high.y != 0 && num_parts > 1;
     }
     __device__ __forceinline__ bool more() const { return request <= last_request; }
     __device__ __forceinline__ void next() {

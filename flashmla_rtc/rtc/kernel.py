@@ -37,7 +37,7 @@ def driver() -> Any:
             "NVIDIA driver on this machine, or it is not visible here."
         ) from error
     if status != module.CUresult.CUDA_SUCCESS:
-        raise DriverError(f"cuInit failed: {_reason(module, status)}")
+        raise DriverError(f"cuInit failed: {_reason(module, status)}.")
     return module
 
 
@@ -49,7 +49,7 @@ def call(name: str, *arguments: Any) -> Any:
     module = driver()
     status, *results = getattr(module, name)(*arguments)
     if status != module.CUresult.CUDA_SUCCESS:
-        raise DriverError(f"{name} failed: {_reason(module, status)}")
+        raise DriverError(f"{name} failed: {_reason(module, status)}.")
     return results[0] if len(results) == 1 else tuple(results)
 
 

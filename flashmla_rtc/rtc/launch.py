@@ -50,7 +50,7 @@ class Launcher:
         if status != self._success:
             raise DriverError(
                 f"Launching {self.kernel.name} with grid {grid} failed: "
-                f"{_reason(self._driver, status)}"
+                f"{_reason(self._driver, status)}."
             )
 
     def _prepare_thread(self) -> dict[tuple[Grid, int], Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 HEAD_DIM_V = 512
-CHUNK_BYTES = 1 << 30  # of gathered float64 keys
+CHUNK_BYTES = 1 << 30  # of gathered float64 keys, and of scores
 
 
 def attention(
@@ -39,7 +39,8 @@ def attention(
         pages = -(-host_lengths[by_length[-1]] // page)
         if pages == 0:
             break
-        count = max(1, CHUNK_BYTES // (pages * page * heads_k * head_dim * 8))
+        widest = max(heads_k * head_dim, seq_len_q * heads_q)
+        count = max(1, CHUNK_BYTES // (pages * page * widest * 8))
         chunk = torch.tensor(by_length[-count:], device=q.device)
         del by_length[-count:]
         table = block_table[chunk, :pages].long()

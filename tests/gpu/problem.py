@@ -22,6 +22,7 @@ GARBAGE_PAGES = (2147480000, -1)
 # them costs 1.19e-3 in bfloat16; rounding the output costs 1.66e-3; together 2.04e-3.
 OUT_BOUND = {torch.bfloat16: 2.1e-3, torch.float16: 2.6e-4}
 LSE_BOUND = 5e-6
+FEW_ROWS = 1.1  # the mean error of a call with few rows varies by some percent around those figures
 
 
 @dataclass
@@ -155,7 +156,12 @@ def assert_matches(
     out_bound: float | None = None,
     lse_bound: float = LSE_BOUND,
 ) -> None:
-    """``(out, lse)`` are within the bounds; rows without keys are exactly 0 and +inf."""
+    """``(out, lse)`` are within the bounds; rows without keys are exactly 0 and +inf.
+
+    ``out_bound`` holds for the relative error over the call. Short requests have large outputs and
+    dominate that, so it also holds, with 5 % more, for the mean over rows of each row's relative
+    error, and two and a half times for every single row.
+    """
     (out, lse), (true_out, true_lse) = result, expected
     assert out.shape == true_out.shape
     assert lse.shape == true_lse.shape
@@ -165,10 +171,15 @@ def assert_matches(
     empty = torch.isposinf(true_lse)
     assert torch.equal(torch.isposinf(lse), empty)
     assert out[empty.transpose(1, 2)].count_nonzero() == 0
-    bound = OUT_BOUND[out.dtype] if out_bound is None else out_bound
+    if empty.all():
+        return
+    bound = OUT_BOUND[out.dtype] * FEW_ROWS if out_bound is None else out_bound
     assert relative_error(out, true_out) <= bound
-    difference = (lse.double() - true_lse)[~empty].abs()
-    assert difference.numel() == 0 or difference.max().item() <= lse_bound
+    rows = ~empty.transpose(1, 2)
+    row_errors = (out[rows].double() - true_out[rows]).norm(dim=-1) / true_out[rows].norm(dim=-1)
+    assert row_errors.square().mean().sqrt().item() <= 1.05 * bound
+    assert row_errors.max().item() <= 2.5 * bound
+    assert (lse.double() - true_lse)[~empty].abs().max().item() <= lse_bound
 
 
 def check(problem: Problem, plan: tuple[Any, Any] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,206 @@
+"""Forking, preparing, devices: what the package does to a process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problem import DEVICE, assert_same_bits, check, make
+
+import flashmla_rtc
+from flashmla_rtc import arrays, sm90, variants, workspace
+from flashmla_rtc.rtc import kernel
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in a fresh interpreter that finds the helpers of this folder."""
+    begin = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(ROOT)!r}]\n"
+    result = subprocess.run(
+        [sys.executable, "-c", begin + code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+FORK = """
+import os
+import flashmla_rtc
+from problem import check, make  # imports torch, touches no device
+
+def work(seed):
+    check(make([700, 0, 64, 5000], seed=seed, causal=True, seq_len_q=2))
+
+children = []
+for seed in range(2):
+    child = os.fork()
+    if child == 0:
+        try:
+            work(seed)
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    children.append(child)
+for child in children:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("child", status)
+work(2)  # the parent has a device of its own
+print("parent", 0)
+"""
+
+
+def test_children_forked_after_import_and_their_parent_use_the_gpu() -> None:
+    assert python(FORK).split("\n")[:3] == ["child 0", "child 0", "parent 0"]
+
+
+PREPARE = """
+import flashmla_rtc
+from flashmla_rtc import sm90, variants
+from flashmla_rtc.rtc import kernel
+
+assert not sm90._launchers and kernel.driver.cache_info().currsize == 0
+flashmla_rtc.prepare()
+names = {variant.name for variant in variants.default_variants()}
+assert sm90._launchers.keys() == {(name, 0) for name in names}
+loaded = dict(sm90._launchers)
+
+import torch
+from problem import assert_matches, make
+
+# The very first call of the process is captured: everything is loaded already.
+step = make([700, 0, 64, 5000])
+result = step.poisoned()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    step.run(None, *result)
+graph.replay()
+torch.cuda.synchronize()
+assert_matches(result, step.expected())
+assert sm90._launchers == loaded
+print("ok")
+"""
+
+
+def test_prepare_loads_everything_that_a_captured_first_call_needs() -> None:
+    assert python(PREPARE) == "ok\n"
+
+
+@pytest.mark.parametrize("device", [None, 0, torch.device("cuda:0"), torch.device("cuda")], ids=str)
+def test_prepare_takes_devices_in_every_form(device: Any) -> None:
+    flashmla_rtc.prepare(device)
+    assert {(v.name, 0) for v in variants.default_variants()} <= set(sm90._launchers)
+
+
+def test_a_thread_without_a_current_context_can_call() -> None:
+    import threading
+
+    call = make([900, 64])
+    expected = check(call)
+    result = call.poisoned()
+    plan = call.plan()
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=call.run, args=(plan, *result))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert_same_bits(result, expected)
+
+
+@pytest.fixture
+def fake_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A workspace without memory: each allocation is told apart by its address."""
+
+    def allocate(like: arrays.View, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(rows), torch.empty(rows)
+
+    monkeypatch.setattr(workspace, "_allocate", allocate)
+    monkeypatch.setattr(workspace, "_kept", {})
+    return
+
+
+def on_device(index: int) -> arrays.View:
+    view = arrays.view(torch.empty(1, device=DEVICE), "q")
+    view.device = arrays.Device("cuda", index)
+    return view
+
+
+@pytest.mark.usefixtures("fake_allocations")
+def test_workspaces_are_kept_by_device_and_stream() -> None:
+    uses = [(0, 0), (1, 0), (0, 7), (1, 7)]
+    addresses = {
+        (device, stream): workspace.partials(on_device(device), 132, stream, False)[:2]
+        for device, stream in uses
+    }
+    assert len({address for pair in addresses.values() for address in pair}) == 2 * len(uses)
+    for (device, stream), pair in addresses.items():
+        assert workspace.partials(on_device(device), 132, stream, False)[:2] == pair
+        assert workspace.partials(on_device(device), 132, stream, True)[:2] != pair
+
+
+def test_kernels_are_kept_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(compiled: Any, device: int, dynamic_smem_bytes: int) -> object:
+        loaded.append((compiled.name, device))
+        return object()
+
+    monkeypatch.setattr(kernel, "LoadedKernel", load)
+    table = kernel.KernelTable()
+    compiled = variants.builder.obtain(variants.by_name("mla_schedule").source())
+    first, second = table.load(compiled, 0, 0), table.load(compiled, 1, 0)
+    assert first is not second
+    assert table.load(compiled, 1, 0) is second
+    assert table.get(compiled.name, 0) is first
+    assert loaded == [(compiled.name, 0), (compiled.name, 1)]
+
+
+two_gpus = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two GPUs"
+)
+
+
+@pytest.mark.allowed_skip
+@two_gpus
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_call_runs_on_its_arrays_device_whichever_is_current(current: int) -> None:
+    second = torch.device("cuda:1")
+    torch.cuda.set_device(current)
+    try:
+        on_first = make([900, 64, 3000])
+        on_second = make([900, 64, 3000], device=second)
+        flashmla_rtc.prepare(second)
+        first, other = check(on_first), check(on_second)
+        assert other[0].device == second
+        assert torch.cuda.current_device() == current
+        moved = tuple(array.cpu() for array in first)
+        assert_same_bits(moved, tuple(array.cpu() for array in other))
+    finally:
+        torch.cuda.set_device(0)
+
+
+@pytest.mark.allowed_skip
+@two_gpus
+def test_two_devices_work_at_once() -> None:
+    calls = [make([5000, 64, 2000], device=torch.device(f"cuda:{i}")) for i in (0, 1)]
+    expected = [check(call) for call in calls]
+    results = [[call.poisoned() for _ in range(30)] for call in calls]
+    for turn in range(30):
+        for i in (0, 1):
+            calls[i].run(None, *results[i][turn])
+    for i in (0, 1):
+        torch.cuda.synchronize(i)
+        for result in results[i]:
+            assert_same_bits(result, expected[i])
