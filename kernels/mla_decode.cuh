@@ -65,7 +65,7 @@ constexpr int P0_READY = 1, P1_READY = 2, BOTH_SIDES = 3, ONE_SIDE = 4;  // ONE_
 constexpr float NO_MAXIMUM = -1e30f;
 constexpr float LN_2 = 0.693147180559945309f;
 
-struct alignas(1024) Shared {
+struct alignas(1024) Shared {  // q_offset, k_offset and P0_OFFSET count on this order
     u8 q[BOXES][BOX_BYTES];     // box 8 moves to registers at once; P1 takes its place
     u8 k[2][BOXES][BOX_BYTES];  // [slot]
     u8 p0[BOX_BYTES];
@@ -219,55 +219,55 @@ __device__ __forceinline__ void release(u64& barrier, const Place& place) {
     if (place.lane == 0) mbarrier_arrive(shared_address(&barrier));
 }
 
-// Descriptors differ in their address alone: this is what to add to the descriptor of the beginning of shared memory.
-__device__ __forceinline__ u64 tile_offset(const Shared& shared, const u8* tile) {
-    return static_cast<u64>(tile - reinterpret_cast<const u8*>(&shared)) >> 4;
-}
-
-// Descriptors are cheap to add up and dear to keep: the compiler would hold dozens across the loop, in registers that the
-// output needs. It can't when it doesn't know where their origin comes from.
-__device__ __forceinline__ void forget_origin(u64& tiles) { asm volatile("" : "+l"(tiles)); }
+// The descriptor of a tile that begins `offset` bytes into shared memory: a constant, since dynamic shared memory begins
+// at a known address (mla_decode checks it). Computed at run time, descriptors would fill registers that the output needs
+// or keep the tensor cores waiting for them.
+constexpr u32 SHARED_BASE = 1024;
+__device__ constexpr u64 descriptor(u32 offset) { return swizzled_descriptor(SHARED_BASE + offset); }
+__device__ constexpr u32 q_offset(int box) { return box * BOX_BYTES; }
+__device__ constexpr u32 k_offset(int slot, int box) { return sizeof(Shared::q) + (slot * BOXES + box) * BOX_BYTES; }
+constexpr u32 P0_OFFSET = k_offset(2, 0), P1_OFFSET = q_offset(ROPE_BOX);
 
 // Starts S = Q K^T, each box as soon as it has landed: the rope box, which is refilled first, then the side's own value
-// boxes, then the other side's.
+// boxes, then the other side's. Whether the next box is there is asked before the products of this one, which are short.
 template <int SIDE>
 __device__ __forceinline__ void start_scores(
-    float (&scores)[32], Shared& shared, u64 tiles, const u32 (&q_rope)[K_STEPS][4], u32 parity) {
+    float (&scores)[32], Shared& shared, const u32 (&q_rope)[K_STEPS][4], u32 parity) {
+    auto number = [](int i) { return i == 0 ? ROPE_BOX : (i - 1 + SIDE * HALF_BOXES) % VALUE_BOXES; };
+    bool landed = false;
 #pragma unroll
     for (int i = 0; i < BOXES; i++) {
-        const int box = i == 0 ? ROPE_BOX : (i - 1 + SIDE * HALF_BOXES) % VALUE_BOXES;
-        wait(shared.k_full[SIDE][box], parity);
+        const int box = number(i);
+        if (!landed) wait(shared.k_full[SIDE][box], parity);
         if (i == 0) wgmma_fence();
-        forget_origin(tiles);
-        const u64 k = tiles + tile_offset(shared, shared.k[SIDE][box]);
-        const u64 q = tiles + tile_offset(shared, shared.q[box]);
+        if (i + 1 < BOXES) landed = mbarrier_test(shared_address(&shared.k_full[SIDE][number(i + 1)]), parity);
 #pragma unroll
         for (int step = 0; step < K_STEPS; step++) {
+            const u64 k = descriptor(k_offset(SIDE, box)) + step * STEP_K_MAJOR;
             if (i == 0) {
-                wgmma_n64_rs<Element>(scores, q_rope[step], k + step * STEP_K_MAJOR, step > 0);
+                wgmma_n64_rs<Element>(scores, q_rope[step], k, step > 0);
             } else {
-                wgmma_n64_ss<Element>(scores, q + step * STEP_K_MAJOR, k + step * STEP_K_MAJOR, true);
+                wgmma_n64_ss<Element>(scores, descriptor(q_offset(box)) + step * STEP_K_MAJOR, k, true);
             }
         }
     }
 }
 
-// Starts O += P V for the side's columns of the block in `slot`; P from registers or shared memory.
-template <int SIDE>
-__device__ __forceinline__ void start_output(float (&output)[128], const u32 (&p)[K_STEPS][4], Shared& shared, u64 tiles, int slot) {
-    forget_origin(tiles);
-    const u64 v = tiles + tile_offset(shared, shared.k[slot][SIDE * HALF_BOXES]);
+// Starts O += P V for the side's columns of the block in `SLOT`; P from registers, or from shared memory.
+template <int SIDE, int SLOT>
+__device__ __forceinline__ void start_output(float (&output)[128], const u32 (&p)[K_STEPS][4]) {
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma_n256_rs<Element>(output, p[step], v + step * STEP_N_MAJOR);
+    for (int step = 0; step < K_STEPS; step++) {
+        wgmma_n256_rs<Element>(output, p[step], descriptor(k_offset(SLOT, SIDE * HALF_BOXES)) + step * STEP_N_MAJOR);
+    }
 }
-template <int SIDE>
-__device__ __forceinline__ void start_output(float (&output)[128], const u8* p_box, Shared& shared, u64 tiles, int slot) {
-    forget_origin(tiles);
-    const u64 p = tiles + tile_offset(shared, p_box);
-    const u64 v = tiles + tile_offset(shared, shared.k[slot][SIDE * HALF_BOXES]);
+template <int SIDE, int SLOT>
+__device__ __forceinline__ void start_output(float (&output)[128], u32 p_offset) {
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-        wgmma_n256_ss<Element>(output, p + step * STEP_K_MAJOR, v + step * STEP_N_MAJOR);
+    for (int step = 0; step < K_STEPS; step++) {
+        wgmma_n256_ss<Element>(output, descriptor(p_offset) + step * STEP_K_MAJOR,
+            descriptor(k_offset(SLOT, SIDE * HALF_BOXES)) + step * STEP_N_MAJOR);
+    }
 }
 
 // Masks the scores of keys that a row does not see. Such a key's probability is 0, but 0 * NaN is NaN: what is not finite
@@ -458,7 +458,6 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& s
     const Place place;
     const float scale = params.scale_log2;
     u8* const p1_box = shared.q[ROPE_BOX];
-    const u64 tiles = swizzled_descriptor(shared_address(&shared));
     u32 q_parity = 0, k_parity = 0;
 
     for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
@@ -483,13 +482,13 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& s
                 float scores[32];
                 u32 p[K_STEPS][4];
                 pin_registers(scores);
-                start_scores<SIDE>(scores, shared, tiles, q_rope, k_parity);
+                start_scores<SIDE>(scores, shared, q_rope, k_parity);
                 wgmma_commit();
                 if (SIDE == RIGHT) {
                     take_over_maximum<LEFT>(shared, place, scale, maximum, output, sum);
                     pin_registers(output);
                     wgmma_fence();
-                    start_output<RIGHT>(output, shared.p0, shared, tiles, LEFT);
+                    start_output<RIGHT, LEFT>(output, P0_OFFSET);
                     wgmma_commit();
                     wgmma_wait<1>();
                 } else {
@@ -529,7 +528,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& s
                 sum[1] += own_sum[1];
                 pin_registers(output);
                 wgmma_fence();
-                start_output<SIDE>(output, p, shared, tiles, SIDE);
+                start_output<SIDE, SIDE>(output, p);
                 wgmma_commit();
                 wgmma_wait<0>();
                 pin_registers(output);
@@ -540,7 +539,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& s
                     take_over_maximum<RIGHT>(shared, place, scale, maximum, output, sum);
                     pin_registers(output);
                     wgmma_fence();
-                    start_output<LEFT>(output, p1_box, shared, tiles, RIGHT);
+                    start_output<LEFT, RIGHT>(output, P1_OFFSET);
                     wgmma_commit();
                     wgmma_wait<0>();
                     pin_registers(output);
@@ -579,6 +578,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     const int warp = threadIdx.x / 32;
 
     if (threadIdx.x == 0) {
+        if (shared_address(&shared) != SHARED_BASE) __trap();
         tma_prefetch_map(&params.k_map);
         mbarrier_init(shared_address(&shared.q_full), Q_LOADERS);
         mbarrier_init(shared_address(&shared.q_empty), 8);  // warps of both sides

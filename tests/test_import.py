@@ -1,10 +1,11 @@
-"""What ``import flashmla_rtc`` does to a process: compiles or reads kernels, quickly, and no more."""
+"""What ``import flashmla_rtc`` does to a process: it compiles or reads kernels, and no more."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,55 +65,31 @@ def output(code: str, cwd: Path, **environment: object) -> str:
     return result.stdout
 
 
-# Any use of the driver before the first launch would break programs that fork after importing.
-NO_DRIVER = """
-import ctypes, sys
-class Poisoned:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith(("cuda.bindings.driver", "cuda.bindings.runtime", "cuda.bindings._bindings.cydriver")):
-            raise AssertionError(f"{name} was imported")
-sys.meta_path.insert(0, Poisoned())
-load = ctypes.CDLL.__init__
-def checked(self, name, *rest, **options):
-    assert "libcuda.so" not in str(name), "the driver was loaded"
-    load(self, name, *rest, **options)
-ctypes.CDLL.__init__ = checked
-"""
-
-
-@needs_bindings
-def test_importing_compiling_and_decoding_on_the_cpu_touch_no_driver(tmp_path: Path) -> None:
-    code = (
-        NO_DRIVER
-        + """
+DECODE_ON_THE_CPU = """
 import numpy as np
-import flashmla_rtc as flash_mla
-seqlens = np.array([3], np.int32)
-plan = flash_mla.get_mla_metadata(seqlens, 2, 1)
-flash_mla.flash_mla_with_kvcache(
+import flashmla_rtc
+out, _ = flashmla_rtc.flash_mla_with_kvcache(
     np.ones((1, 1, 2, 576), np.float32), np.ones((1, 64, 1, 576), np.float32),
-    np.zeros((1, 1), np.int32), seqlens, 512, *plan)
-print("cuda.bindings.driver" in sys.modules, "cuda.bindings.nvrtc" in sys.modules)
+    np.zeros((1, 1), np.int32), np.ones(1, np.int32), 512, None)
+assert (out == 1).all()
 """
-    )
-    place = tmp_path / "kernels"
-    assert output(code, tmp_path, FLASHMLA_RTC_CACHE_DIR=place) == "False True\n"
-    assert len(list(place.iterdir())) == len(variants.default_variants())
+
+# Any use of the driver before the first launch would break programs that fork after importing.
+POISONED_DRIVER = """
+from cuda.bindings import driver
+called = []
+for name in dir(driver):
+    if name.startswith("cu") and name[2].isupper():
+        setattr(driver, name, lambda *_, name=name: called.append(name))
+"""
 
 
 @needs_bindings
-def test_a_driver_that_fails_to_initialise_is_not_noticed_by_an_import(
-    tmp_path: Path, warm: Path
-) -> None:
-    code = """
-from cuda.bindings import driver
-def poisoned(*arguments):
-    raise AssertionError("cuInit was called")
-driver.cuInit = poisoned
-import flashmla_rtc
-print(flashmla_rtc.__version__)
-"""
-    assert output(code, tmp_path, FLASHMLA_RTC_CACHE_DIR=warm).strip()
+def test_importing_compiling_and_decoding_on_the_cpu_call_no_driver(tmp_path: Path) -> None:
+    place = tmp_path / "kernels"
+    code = POISONED_DRIVER + DECODE_ON_THE_CPU + "print(len(dir(driver)) > 500, called)"
+    assert output(code, tmp_path, FLASHMLA_RTC_CACHE_DIR=place) == "True []\n"
+    assert len(list(place.iterdir())) == len(variants.default_variants())
 
 
 # -- cold, warm and lazy --------------------------------------------------------------------------
@@ -121,16 +98,18 @@ print(flashmla_rtc.__version__)
 @needs_bindings
 def test_a_cold_import_says_what_it_does_and_the_next_says_nothing(tmp_path: Path) -> None:
     place = tmp_path / "kernels"
+    begin = time.perf_counter()
     cold = run("import flashmla_rtc", tmp_path, FLASHMLA_RTC_CACHE_DIR=place)
-    assert cold.returncode == 0
-    assert cold.stdout == ""
+    seconds = time.perf_counter() - begin
+    assert (cold.returncode, cold.stdout) == (0, "")
     count = len(variants.default_variants())
-    (line,) = cold.stderr.splitlines()
-    assert line.startswith(f"flashmla_rtc: compiling {count} kernels for sm_90a with NVRTC ")
-    assert str(place) in line
     assert len(list(place.iterdir())) == count
-    warm_again = run("import flashmla_rtc", tmp_path, FLASHMLA_RTC_CACHE_DIR=place)
-    assert (warm_again.returncode, warm_again.stdout, warm_again.stderr) == (0, "", "")
+    if cold.stderr or seconds > 3:  # it speaks when compiling takes more than a second
+        (line,) = cold.stderr.splitlines()
+        assert line.startswith(f"flashmla_rtc: compiling {count} kernels for sm_90a with NVRTC ")
+        assert str(place) in line
+    again = run("import flashmla_rtc", tmp_path, FLASHMLA_RTC_CACHE_DIR=place)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
 @needs_bindings
@@ -160,7 +139,7 @@ def test_lazy_compiles_nothing_until_a_kernel_is_asked_for(tmp_path: Path) -> No
 import os, sys
 import flashmla_rtc
 from flashmla_rtc import variants
-print(os.path.exists(sys.argv[1] if len(sys.argv) > 1 else os.environ["FLASHMLA_RTC_CACHE_DIR"]))
+print(os.path.exists(os.environ["FLASHMLA_RTC_CACHE_DIR"]))
 print("cuda.bindings.nvrtc" in sys.modules)
 kernel = variants.builder.obtain(variants.by_name("mla_schedule").source())
 print(kernel.cubin[:4] == b"\\x7fELF", len(os.listdir(os.environ["FLASHMLA_RTC_CACHE_DIR"])))
@@ -171,28 +150,7 @@ print(kernel.cubin[:4] == b"\\x7fELF", len(os.listdir(os.environ["FLASHMLA_RTC_C
     assert lines == ["False", "False", "True 1"]
 
 
-@needs_bindings
-def test_a_cache_that_cannot_be_written_does_not_stop_an_import(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    result = run(
-        "import flashmla_rtc", tmp_path, FLASHMLA_RTC_CACHE_DIR=tmp_path / "file" / "kernels"
-    )
-    assert result.returncode == 0
-    assert result.stdout == ""
-    assert "can't store compiled kernels" in result.stderr
-    assert "FLASHMLA_RTC_CACHE_DIR" in result.stderr
-
-
 # -- what is missing or wrong ---------------------------------------------------------------------
-
-DECODE_ON_THE_CPU = """
-import numpy as np
-import flashmla_rtc
-out, _ = flashmla_rtc.flash_mla_with_kvcache(
-    np.ones((1, 1, 2, 576), np.float32), np.ones((1, 64, 1, 576), np.float32),
-    np.zeros((1, 1), np.int32), np.ones(1, np.int32), 512, None)
-assert (out == 1).all()
-"""
 
 
 def test_without_cuda_bindings_the_reference_backend_works(tmp_path: Path) -> None:

@@ -31,6 +31,17 @@ __device__ __forceinline__ bool mbarrier_try_wait(u32 barrier, u32 parity) {
     return done != 0;
 }
 
+// Whether the phase of `parity` is complete; never waits.
+__device__ __forceinline__ bool mbarrier_test(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 // Wait for the phase of `parity`. With TRAP_AFTER_SPINS > 0 a wait that does not end is a bug and ends the kernel.
 template <u32 TRAP_AFTER_SPINS = 0>
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {

@@ -16,7 +16,7 @@ __device__ __forceinline__ u32 box_offset(int row, int chunk) { return row * 128
 
 // Descriptor of a swizzled tile at `address`. 8 rows of a box are 1,024 bytes apart (SBO); LBO, the distance from box
 // to box, matters only where an operand spans several boxes along its contiguous dimension.
-__device__ __forceinline__ u64 swizzled_descriptor(u32 address, u32 leading_bytes = BOX_BYTES) {
+__device__ constexpr u64 swizzled_descriptor(u32 address, u32 leading_bytes = BOX_BYTES) {
     return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(leading_bytes >> 4) << 16 |
            static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
 }

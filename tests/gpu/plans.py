@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from problem import DEVICE, Problem
@@ -28,9 +29,11 @@ def from_cuts(
     ends = [(0, 0), *cuts, (len(lengths), 0)]
     assert ends == sorted(ends)
     assert len(ends) - 1 <= parts
-    inside = [sum(1 for r, b in cuts if r == request and b > 0) for request in range(len(lengths))]
+    inside = [0] * len(lengths)  # cuts inside each request
+    for request, block in cuts:
+        inside[request] += block > 0
     rows = [[0, 0, -1, 0, 0, 0, 0, 0] for _ in range(parts)]
-    for part, ((i, a), (j, b)) in enumerate(zip(ends, ends[1:], strict=False)):
+    for part, ((i, a), (j, b)) in enumerate(pairwise(ends)):
         if (i, a) == (j, b):
             continue
         last = j if b else j - 1

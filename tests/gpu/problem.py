@@ -113,8 +113,9 @@ def make(
 ) -> Problem:
     """A call with requests of these lengths on shuffled pages.
 
-    q and k_cache are normal with standard deviation ``spread``. The cache has ``spare_blocks`` pages
-    that nobody uses and the table ``room`` columns, filled with page numbers that do not exist.
+    q and k_cache are normal with standard deviation ``spread``. The cache has ``spare_blocks``
+    pages that nobody uses and the table ``room`` columns more than the longest request needs; what
+    no request uses in the table are page numbers that do not exist.
     ``poison`` replaces every number of the cache that no request owns.
     """
     random = torch.Generator(device).manual_seed(seed)

@@ -1,6 +1,6 @@
 """A few small calls of every kind, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitizer_set.py
+    PYTHONPATH=. compute-sanitizer --tool memcheck python tests/gpu/sanitizer_set.py
 
 and the same with ``--tool racecheck`` and ``--tool synccheck``. Data and the formula stay on the
 CPU, so that next to nothing but the package's kernels runs on the device. Prints a line a call and
@@ -10,9 +10,6 @@ ends with status 1 if one is wrong.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import plans
 import torch
@@ -34,6 +31,11 @@ def on_gpu(call: Problem) -> Problem:
     )
 
 
+def say(right: bool, what: str) -> bool:
+    print("ok" if right else "WRONG", what, flush=True)
+    return right
+
+
 def decode(
     name: str, call: Problem, cuts: list[tuple[int, int]] | None = None, odd: bool = False
 ) -> bool:
@@ -53,10 +55,7 @@ def decode(
     lse_error = (host_lse.double() - true_lse)[keys].abs().max().item()
     empty = bool(torch.isposinf(host_lse[~keys]).all())
     right = error < 4e-3 and lse_error < 1e-4 and empty
-    print(
-        f"{'ok' if right else 'WRONG'} {name}: error {error:.1e}, lse {lse_error:.1e}", flush=True
-    )
-    return right
+    return say(right, f"{name}: error {error:.1e}, lse {lse_error:.1e}")
 
 
 def planner(name: str, lengths: list[int], parts: int) -> bool:
@@ -72,8 +71,7 @@ def planner(name: str, lengths: list[int], parts: int) -> bool:
         (metadata.cpu().numpy() == expected[0]).all()
         and (num_splits.cpu().numpy() == expected[1]).all()
     )
-    print(f"{'ok' if right else 'WRONG'} {name}", flush=True)
-    return right
+    return say(right, name)
 
 
 def main() -> int:

@@ -48,9 +48,8 @@ def test_every_request_cut_in_its_own_way() -> None:
     cuts = []
     for request, length in enumerate(lengths):
         blocks = -(-length // 64)
-        inside = (
-            rng.sample(range(1, blocks), min(rng.randint(0, 5), blocks - 1)) if blocks > 1 else []
-        )
+        count = min(rng.randint(0, 5), blocks - 1)
+        inside = rng.sample(range(1, blocks), count)
         cuts += [(request, block) for block in sorted(inside)]
         if request + 1 < len(lengths) and rng.random() < 0.5:
             cuts.append((request + 1, 0))

@@ -1,4 +1,4 @@
-"""Arrays of torch, CuPy, JAX and of anything that speaks DLPack: the same bits, in the same library."""
+"""Arrays of torch, CuPy, JAX and anything with DLPack: the same bits, in the caller's library."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ def cupy() -> Any:
     return pytest.importorskip("cupy")
 
 
+def raw(array: Any) -> Any:
+    """The bits of a CuPy array, for copies that need not know its dtype."""
+    return array.view(f"uint{8 * array.itemsize}")
+
+
 def to_cupy(cupy: Any, call: Problem) -> tuple[Any, ...]:
     """Copies, so that CuPy owns them."""
     torch.cuda.synchronize()
@@ -90,10 +95,10 @@ def test_cupy_with_strides_and_results_in_place(cupy: Any, dtype: torch.dtype) -
     expected = check(call)
     q, k_cache, table, lengths = to_cupy(cupy, call)
     wide_q = cupy.empty((*q.shape[:-1], q.shape[-1] + 3), dtype=q.dtype)
-    wide_q[..., 1:-2] = q
+    raw(wide_q)[..., 1:-2] = raw(q)
     pages = cupy.empty((2 * k_cache.shape[0], *k_cache.shape[1:]), dtype=k_cache.dtype)
-    pages[::2] = k_cache
-    out = cupy.zeros((5, 16, 2, HEAD_DIM_V + 8), dtype=q.dtype).transpose(0, 2, 1, 3)[..., :-8]
+    raw(pages)[::2] = raw(k_cache)
+    out = cupy.empty((5, 16, 2, HEAD_DIM_V + 8), dtype=q.dtype).transpose(0, 2, 1, 3)[..., :-8]
     lse = cupy.zeros((2, 16, 5, 2), dtype=cupy.float32)[..., 1].transpose(2, 1, 0)
     result = decode((wide_q[..., 1:-2], pages[::2], table, lengths), out=out, lse=lse)
     assert result[0] is out
@@ -116,16 +121,17 @@ def test_cupy_s_current_stream_is_followed(cupy: Any) -> None:
     late, early = problem(seed=1), problem(seed=2)
     expected = check(late)
     new, arrays = to_cupy(cupy, late), to_cupy(cupy, early)
-    out = cupy.zeros(expected[0].shape, dtype=arrays[0].dtype)
+    out = cupy.empty(expected[0].shape, dtype=arrays[0].dtype)
     lse = cupy.zeros(expected[1].shape, dtype=cupy.float32)
     stream = cupy.cuda.Stream(non_blocking=True)
-    decode(arrays, out=out, lse=lse)
+    with stream:
+        decode(arrays, out=out, lse=lse)  # what has to be allocated is there after this
     cupy.cuda.Device().synchronize()
     with stream:
         with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
             torch.cuda._sleep(CYCLES)
         for array, contents in zip(arrays, new, strict=True):
-            cupy.copyto(array, contents)
+            cupy.copyto(raw(array), raw(contents))
         decode(arrays, out=out, lse=lse)
     assert not stream.done  # nothing so far has waited
     stream.synchronize()

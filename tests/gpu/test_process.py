@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,6 @@ def test_prepare_takes_devices_in_every_form(device: Any) -> None:
 
 
 def test_a_thread_without_a_current_context_can_call() -> None:
-    import threading
-
     call = make([900, 64])
     expected = check(call)
     result = call.poisoned()
@@ -120,7 +118,7 @@ def test_a_thread_without_a_current_context_can_call() -> None:
 
 
 @pytest.fixture
-def fake_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace without memory: each allocation is told apart by its address."""
 
     def allocate(like: arrays.View, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +126,6 @@ def fake_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(workspace, "_allocate", allocate)
     monkeypatch.setattr(workspace, "_kept", {})
-    return
 
 
 def on_device(index: int) -> arrays.View:

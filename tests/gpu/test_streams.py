@@ -1,4 +1,4 @@
-"""Work goes to the caller's current stream, waits for nothing, and streams don't disturb each other."""
+"""Work goes to the caller's current stream and waits for nothing; streams don't meet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from problem import DEVICE, assert_same_bits, check, make
+from problem import HEAD_DIM_V, assert_same_bits, check, make
 
 CYCLES = 100_000_000  # about 60 ms
 
@@ -61,8 +61,7 @@ def test_a_call_follows_what_its_stream_still_has_to_do() -> None:
     """Every input is written late on that stream: planner and kernels must see the new contents."""
     late = make([3000, 64, 100, 1], seed=1)
     expected_plan, expected = late.plan(), check(late)
-    early = make([10, 3000, 7, 900], seed=2, spare_blocks=20)
-    early = early.but(
+    early = late.but(
         q=late.q.roll(1, 0),
         k_cache=late.k_cache.roll(1, 0),
         block_table=late.block_table.roll(1, 0),
@@ -70,6 +69,8 @@ def test_a_call_follows_what_its_stream_still_has_to_do() -> None:
     )
     stream = torch.cuda.Stream()
     result = late.poisoned()
+    with torch.cuda.stream(stream):
+        early.run(early.plan(), *result)  # what has to be allocated is there after this
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(CYCLES)
@@ -89,14 +90,19 @@ def test_a_call_follows_what_its_stream_still_has_to_do() -> None:
 def test_calls_wait_for_no_device_work() -> None:
     call = make([3000, 64], heads_q=128)
     plan, result = call.plan(), call.poisoned()
-    call.run(plan, *result)
+
+    def everything() -> None:
+        call.plan()
+        call.run(plan, *result)
+        call.run(None)
+        call.run((None, None))
+
+    everything()
     torch.cuda.synchronize()
     end = torch.cuda.Event()
     torch.cuda._sleep(CYCLES)
     end.record()
-    call.plan()
-    call.run(plan, *result)
-    call.run(None)
+    everything()
     assert not end.query()
     torch.cuda.synchronize()
 
@@ -116,23 +122,43 @@ def test_calls_make_no_synchronising_call_of_torch() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_kernels_follow_each_other_without_a_gap_of_order() -> None:
-    """Calls that read what the call before wrote: dependent launch must not let one overtake."""
-    call = make([2000, 64, 1, 700], heads_q=16)
+def test_no_kernel_overtakes_the_one_before_it() -> None:
+    """Kernels start while their predecessor ends: queries here are made of the results before.
+
+    Once with the device idle before each call, and then without.
+    """
+    call = make([2000, 64, 1, 700])
     plan = call.plan()
-    chained, chain_lse = call.poisoned()
-    expected = call.q.clone()
-    q = call.q.clone()
-    for _ in range(30):
-        torch.cuda.synchronize()
-        out, _ = call.but(q=expected).run(plan)
-        torch.cuda.synchronize()
-        expected = expected.clone()
-        expected[..., :512] = out * 10
+
+    def chain(wait: bool) -> torch.Tensor:
+        q = call.q.clone()
+        out, lse = call.poisoned()
+        for _ in range(30):
+            call.but(q=q).run(plan, out, lse)
+            if wait:
+                torch.cuda.synchronize()
+            torch.mul(out, 10, out=q[..., :HEAD_DIM_V])
+            if wait:
+                torch.cuda.synchronize()
+        return q
+
+    slow = chain(wait=True)
+    assert not torch.equal(slow, call.q)
+    for _ in range(5):
+        assert torch.equal(chain(wait=False), slow)
+
+
+def test_back_to_back_calls_use_a_stream_s_workspace_in_order() -> None:
+    """Different calls in turn, each cut over parts, with nothing between them."""
+    calls = [make([4000, 64], seed=1), make([64, 9000, 3], seed=2, heads_q=128)]
+    plans = [call.plan() for call in calls]
+    expected = [check(call, plan) for call, plan in zip(calls, plans, strict=True)]
+    results = [[call.poisoned() for call in calls] for _ in range(40)]
     torch.cuda.synchronize()
-    for _ in range(30):
-        call.but(q=q).run(plan, chained, chain_lse)
-        torch.mul(chained, 10, out=q[..., :512])
-    assert torch.equal(q, expected)
-    assert not torch.equal(q, call.q)
-    assert q.device.type == DEVICE.type
+    for result in results:
+        for call, plan, pair in zip(calls, plans, result, strict=True):
+            call.run(plan, *pair)
+    torch.cuda.synchronize()
+    for result in results:
+        for pair, true in zip(result, expected, strict=True):
+            assert_same_bits(pair, true)
