@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from flashmla_rtc._version import __version__
 from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels
 from flashmla_rtc.rtc.build import compile_mode
+from flashmla_rtc.validation import validation_enabled
 
 PROGRAM = "python -m flashmla_rtc"
 COMMANDS = {
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_environment() -> None:
     try:
         compile_mode()
+        validation_enabled()
     except ValueError as error:
         raise CommandError(str(error), code=2) from error
 

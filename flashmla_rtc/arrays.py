@@ -8,6 +8,7 @@ DLPack are taken too. Nothing here copies the caller's data.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,6 +52,29 @@ class View:
 
 _TORCH_DTYPES: dict[Any, str] = {}
 _TORCH_DEVICES: dict[Any, Device] = {}
+
+
+def device_named(device: Any) -> Device:
+    """The device that an index, a name such as "cuda:1" or an object with ``type`` means.
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+    """
+    if device is None:
+        return Device("cuda", 0)
+    if isinstance(device, str):
+        kind, _, index = device.partition(":")
+        if kind in ("cuda", "cpu") and (index.isdecimal() or (not index and ":" not in device)):
+            return Device(kind, int(index or 0))
+    elif isinstance(getattr(device, "type", None), str):  # torch.device
+        return Device(device.type, device.index or 0)
+    elif hasattr(device, "id"):  # cupy.cuda.Device
+        return Device("cuda", int(device.id))
+    elif isinstance(device, (int, np.integer)) and not isinstance(device, bool) and device >= 0:
+        return Device("cuda", int(device))
+    expected = 'must be the index of a CUDA device, a name such as "cuda:1", or a torch.device'
+    problem = f"device {expected}, but it is {device!r}."
+    raise ValueError(problem) if isinstance(device, (int, str)) else TypeError(problem)
 
 
 def view(array: Any, name: str) -> View:
@@ -97,9 +121,13 @@ def _view_torch(array: Any, name: str) -> View:
         device = _TORCH_DEVICES.setdefault(
             array.device, Device(array.device.type, array.device.index or 0)
         )
-    return View(
-        array, "torch", array, array.data_ptr(), tuple(array.shape), array.stride(), dtype, device
-    )
+    try:
+        address = array.data_ptr()
+    except RuntimeError:  # sparse tensors, and others that have no elements in memory
+        address = 0
+    if address == 0 and (device.type == "meta" or array.numel() > 0):
+        raise TypeError(f"{name} must be a dense tensor with elements in memory, but it has none.")
+    return View(array, "torch", array, address, tuple(array.shape), array.stride(), dtype, device)
 
 
 def _view_cupy(array: Any, library: str, source: Any) -> View:
@@ -151,7 +179,10 @@ def _view_dlpack(array: Any, name: str) -> View:
     if kind == 2:
         return _view_cupy(_cupy_from_dlpack(array, name), "dlpack", array)
     if kind in (1, 3):
-        return _view_numpy(np.from_dlpack(array), "dlpack", array)
+        try:
+            return _view_numpy(np.from_dlpack(array), "dlpack", array)
+        except (TypeError, BufferError, RuntimeError) as error:
+            raise TypeError(f"{name} could not be taken over DLPack: {error}.") from error
     raise TypeError(f"{name} lives on DLPack device type {kind}; CPU and CUDA arrays are taken.")
 
 
@@ -214,26 +245,30 @@ def from_native(like: View, native: Any) -> Any:
     return native
 
 
-# JAX arrays in use by work on a stream that JAX does not know of, and the event at its end.
-_in_flight: deque[tuple[Any, tuple[View, ...]]] = deque()
+# Arrays in use by work on a stream that their library does not know of, and the event at its end,
+# by device and stream.
+_in_flight: dict[tuple[int, int], deque[tuple[Any, tuple[View, ...]]]] = {}
+_in_flight_lock = threading.Lock()
 
 
-def keep_until_done(*views: View) -> None:
-    """Keep JAX arrays alive until the current stream has done what was launched on it.
+def keep_until_done(stream: int, *views: View) -> None:
+    """Keep arrays of JAX and others alive until ``stream`` has done what was launched on it.
 
     torch and CuPy reuse memory in the order of the caller's stream, so their arrays may be dropped
     as soon as a call returns. JAX orders its memory by streams of its own.
     """
-    if views[0].library != "jax" or views[0].device.type != "cuda":
+    if views[0].library not in ("jax", "dlpack"):
         return
     import cupy
 
-    while _in_flight and _in_flight[0][0].done:
-        _in_flight.popleft()
-    with cupy.cuda.Device(views[0].device.index):
+    index = views[0].device.index
+    with cupy.cuda.Device(index), _in_flight_lock:
         event = cupy.cuda.Event(block=False, disable_timing=True)
-        event.record()
-    _in_flight.append((event, views))
+        cupy.cuda.runtime.eventRecord(event.ptr, stream)
+        waiting = _in_flight.setdefault((index, stream), deque())
+        while waiting and waiting[0][0].done:
+            waiting.popleft()
+        waiting.append((event, views))
 
 
 def current_stream(like: View) -> int:

@@ -38,7 +38,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 KERNEL_DTYPES = ("bfloat16", "float16")
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+# The kernels' running maximum starts at -1e30, and its product with the scale is a float32.
+_LARGEST_SCALE = 1e8
 _Q_AXES = "(batch, seq_len_q, heads_q, head_dim)"
 _K_AXES = "(num_blocks, page_block_size, heads_k, head_dim)"
 _TABLE_AXES = "(batch, max_blocks)"
@@ -304,9 +305,9 @@ def check_scale(softmax_scale: Any, head_dim: int) -> float:
         scale = float(softmax_scale)
     except OverflowError:
         scale = float("inf")
-    if not 0.0 <= scale <= _FLOAT32_MAX:
+    if not 0.0 <= scale <= _LARGEST_SCALE:
         raise ValueError(
-            f"softmax_scale must be at least 0 and finite in float32, but it is {scale!r}."
+            f"softmax_scale must be finite, at least 0 and at most 1e8, but it is {scale!r}."
         )
     return scale
 
@@ -441,6 +442,11 @@ def check_planning(
             raise ValueError(
                 f"num_heads_q must be a multiple of num_heads_k, but num_heads_q is {num_heads_q} "
                 f"and num_heads_k is {num_heads_k}."
+            )
+        if num_q_tokens_per_head_k % (num_heads_q // num_heads_k):
+            raise ValueError(
+                "num_q_tokens_per_head_k must be a multiple of the query heads a KV head, "
+                f"{num_heads_q // num_heads_k}, but it is {num_q_tokens_per_head_k}."
             )
 
 

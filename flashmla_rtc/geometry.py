@@ -31,6 +31,9 @@ COMBINE_THREADS = 256
 DECODE_THREADS = 384
 PLAN_COLUMNS = 8
 
+SHARED_BASE = 1024
+"""Where a block's dynamic shared memory begins: behind what the driver reserves on Hopper."""
+
 DECODE_SHARED_BYTES = 231_424
 """sizeof(Shared) in mla_decode.cuh; the kernel asserts it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, backends, checks, metadata, reference, sm90
+from . import arrays, backends, checks, messages, metadata, reference, sm90
 from .arrays import View
 
 
@@ -124,6 +124,10 @@ def flash_mla_with_kvcache(
 def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seqlens: View) -> View:
     """The plan's array, made now where the caller left it to us, and checked where not."""
     if plan is None:
+        if num_splits is not None:
+            raise ValueError(
+                "num_splits belongs to a plan of arrays, but tile_scheduler_metadata is None."
+            )
         plan = metadata.make_plan(cache_seqlens, shape.rows_per_group, shape.heads_k)[0]
     elif isinstance(plan, metadata.FlashMLASchedMeta):
         if num_splits is not None:
@@ -137,6 +141,10 @@ def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seql
     splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")
     parts = metadata.num_parts(cache_seqlens, shape.rows_per_group, shape.heads_k)
     checks.check_metadata(view, splits_view, shape, parts, cache_seqlens.device)
+    if cache_seqlens.library != "dlpack":  # whose plans may be CuPy's or NumPy's
+        for name, part in (("tile_scheduler_metadata", view), ("num_splits", splits_view)):
+            if part is not None and part.library != cache_seqlens.library:
+                raise messages.mixed_libraries(cache_seqlens, **{name: part})
     return view
 
 
@@ -147,16 +155,17 @@ def _to_caller(like: View, native: Any, given: Any) -> Any:
 def prepare(device: Any = None) -> None:
     """Load every default kernel on a device now, so that the first call is as fast as the next.
 
-    Call it before capturing a CUDA graph. On a device without the kernels it does nothing.
+    A call that finds them not loaded loads them, also while a CUDA graph is captured. On a device
+    without the kernels this does nothing.
 
     Args:
-        device: index of a CUDA device, or an object with ``index`` such as
-            ``torch.device("cuda:1")``; default 0.
+        device: index of a CUDA device, an object with ``type`` and ``index`` such as
+            ``torch.device("cuda:1")``, a name such as "cuda:1", or None for device 0.
 
     Raises:
+        TypeError, ValueError: ``device`` is none of these.
         CompileError, CompilerMissing, DriverError: the kernels can't be compiled or loaded.
     """
-    index = getattr(device, "index", device)
-    where = arrays.Device("cuda", 0 if index is None else int(index))
-    if backends.choose(where) == "sm90":
+    where = arrays.device_named(device)
+    if backends.why_not(where) is None:
         sm90.prepare(where.index)

@@ -29,7 +29,9 @@ class FlashMLASchedMeta:
 
     tile_scheduler_metadata: Any = None
     num_splits: Any = None
-    _made_for: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    # The plan that calls have used so far, and the configuration that they had.
+    _used: Any = field(default=None, repr=False, compare=False)
+    _made_for: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def plan_for(self, shape: DecodeShape, cache_seqlens: View) -> Any:
         """The plan's array for a call of this shape, made now if there is none.
@@ -37,29 +39,23 @@ class FlashMLASchedMeta:
         Raises:
             ValueError: the plan was made for another batch, seq_len_q, head count or device.
         """
-        call = {
-            "batch": shape.batch,
-            "seq_len_q": shape.seq_len_q,
-            "heads_q": shape.heads_q,
-            "heads_k": shape.heads_k,
-            "device": str(cache_seqlens.device),
-        }
-        if self._made_for is None:
-            self._made_for = tuple(call.values())
-        elif self._made_for != tuple(call.values()):
+        now = (shape.batch, shape.seq_len_q, shape.heads_q, shape.heads_k, cache_seqlens.device)
+        if self.tile_scheduler_metadata is None:
+            self.tile_scheduler_metadata, self.num_splits = make_plan(
+                cache_seqlens, shape.rows_per_group, shape.heads_k
+            )
+        elif self._used is self.tile_scheduler_metadata and self._made_for != now:
+            names = ("batch", "seq_len_q", "heads_q", "heads_k", "device")
             differing = [
-                f"{name} {before} then, {now} now"
-                for (name, now), before in zip(call.items(), self._made_for, strict=True)
-                if now != before
+                f"{name} {before} then, {value} now"
+                for name, before, value in zip(names, self._made_for, now, strict=True)
+                if before != value
             ]
             raise ValueError(
                 "tile_scheduler_metadata was filled by a call of another configuration: "
                 f"{'; '.join(differing)}. Make a new one with get_mla_metadata()."
             )
-        if self.tile_scheduler_metadata is None:
-            self.tile_scheduler_metadata, self.num_splits = make_plan(
-                cache_seqlens, shape.rows_per_group, shape.heads_k
-            )
+        self._used, self._made_for = self.tile_scheduler_metadata, now
         return self.tile_scheduler_metadata
 
 
@@ -129,7 +125,12 @@ def get_mla_metadata(
                 "them, not both."
             )
         num_q_tokens_per_head_k = num_heads_per_head_k
-    if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
+    if (
+        cache_seqlens is None
+        and num_q_tokens_per_head_k is None
+        and num_heads_k is None
+        and num_heads_q is None
+    ):
         return FlashMLASchedMeta(), None
     for name, value in (
         ("cache_seqlens", cache_seqlens),

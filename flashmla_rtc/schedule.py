@@ -32,8 +32,9 @@ def planned_blocks(cache_seqlens: np.ndarray) -> np.ndarray:
     return np.minimum(-(-lengths // geometry.BLOCK_KEYS), cap)
 
 
-# Measured on an H100, in microseconds (docs/performance.md): a block of keys when every SM streams, with
-# one row block and with two or more; what surrounds a piece of `fill` rows of 64; the combine kernel.
+# Measured on an H100, in microseconds (docs/performance.md): a block of keys when every SM streams,
+# with one row block and with two or more; what surrounds a piece of `fill` rows of 64; the combine
+# kernel.
 _BLOCK_US = (3.3, 2.0)
 _SEGMENT_US = (3.0, 3.0)  # constant, and for a full tile
 _PIECE_US = (0.5, 3.0)
@@ -92,7 +93,8 @@ class _Planner:
         inside = block > 0
         cost = position[1:] - position[:-1]
         cost = cost + np.where(inside[:-1], self.model.segment + self.model.piece, 0)
-        cost = cost + np.where(inside[1:], self.model.piece, 0)
+        new_piece = inside[1:] & (~inside[:-1] | (request[:-1] < request[1:]))
+        cost = cost + np.where(new_piece, self.model.piece, 0)
         cuts = int(inside.sum())
         if cuts == 0:
             return int(cost.max())
@@ -108,10 +110,12 @@ class _Planner:
         if choice == 0:
             requests_a_part = -(-self.batch // self.useful_parts)
             parts = -(-self.batch // requests_a_part)
+        elif choice == 15 and self.batch <= self.useful_parts:
+            parts = self.useful_parts // self.batch * self.batch
         else:
             parts = max(self.useful_parts * (17 - choice) // 16, 1)
         eighths = (1 << (index // 16)) >> 1
-        return parts, self.total // parts * eighths // 8
+        return parts, self.total // parts // 8 * eighths
 
     def best(self) -> tuple[int, int]:
         candidates = [self.candidate(i) for i in range(geometry.SCHEDULE_CANDIDATES)]

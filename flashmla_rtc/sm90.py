@@ -11,7 +11,7 @@ from . import arrays, geometry, schedule, variants, workspace
 from .arrays import View
 from .checks import DecodeShape
 from .geometry import CostModel
-from .rtc.kernel import KernelTable, call, device_facts, driver, on_device
+from .rtc.kernel import DriverError, KernelTable, device_facts, on_device
 from .rtc.launch import Launcher
 from .rtc.tensor_map import tiled_map
 
@@ -26,6 +26,7 @@ _COMBINE_BLOCKS_A_SM = 6
 _table = KernelTable()
 _launchers: dict[tuple[str, int], Launcher] = {}
 _lock = threading.Lock()
+_launch_lock = threading.Lock()
 
 
 def launcher(name: str, device: int) -> Launcher:
@@ -38,12 +39,24 @@ def launcher(name: str, device: int) -> Launcher:
     found = _launchers.get((name, device))
     if found is not None:
         return found
+    _check_shared_memory(device)
     variant = variants.by_name(name)
     kernel = variants.builder.obtain(variant.source())
     loaded = _table.load(kernel, device, variant.dynamic_smem_bytes)
     with _lock:
         return _launchers.setdefault(
             (name, device), Launcher(loaded, variant.params, variant.threads)
+        )
+
+
+def _check_shared_memory(device: int) -> None:
+    """The decode kernel's descriptors are constants and count on where shared memory begins."""
+    reserved = device_facts(device).reserved_smem_bytes
+    if reserved != geometry.SHARED_BASE:
+        raise DriverError(
+            f"The CUDA driver reserves {reserved} bytes of each block's shared memory on "
+            f"cuda:{device}, but the kernels are made for {geometry.SHARED_BASE} "
+            "(SHARED_BASE in geometry.py)."
         )
 
 
@@ -87,10 +100,11 @@ def plan_into(
         "merge_longest_cost": model.merge_longest,
         "merge_cut_cost": model.merge_cut,
     }
+    stream = arrays.current_stream(cache_seqlens)
     with on_device(device):
-        kernel = launcher("mla_schedule", device)
-        kernel.launch((1, 1, 1), arrays.current_stream(cache_seqlens), values)
-    arrays.keep_until_done(cache_seqlens)
+        launcher("mla_schedule", device).launch((1, 1, 1), stream, values)
+        workspace.keep_while_captured(cache_seqlens, stream, metadata, num_splits)
+        _keep_inputs(stream, cache_seqlens)
 
 
 def decode(
@@ -119,7 +133,7 @@ def decode(
         decode_kernel = launcher(f"mla_decode_{suffix}", device)
         combine_kernel = launcher(f"mla_combine_{suffix}", device)
         partial_out, partial_lse, keep_alive = (
-            workspace.partials(q, facts.num_sms, stream, _is_capturing(q, stream))
+            workspace.partials(q, facts.num_sms, stream, workspace.capture_of(stream))
             if parts > 1
             else (0, 0, None)
         )
@@ -142,35 +156,41 @@ def decode(
             "rows_per_group": rows,
             "out_is_aligned": out_aligned,
         }
-        decode_kernel.launch(
-            (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts),
-            stream,
-            {
-                **common,
-                "k_map": _cache_map(shape, k_cache, metadata),
-                "q": q.pointer,
-                "q_stride_batch": q.strides[0],
-                "q_stride_seq": q.strides[1],
-                "q_stride_head": q.strides[2],
-                "block_table": block_table.pointer,
-                "block_table_stride": block_table.strides[0],
-                "cache_seqlens": cache_seqlens.pointer,
-                "seq_len_q": shape.seq_len_q,
-                "num_blocks": shape.num_blocks,
-                "max_blocks": shape.max_blocks,
-                "causal": causal,
-                "q_is_aligned": _rows_aligned(q),
-                "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
-            },
-        )
-        if parts > 1:
-            combine_kernel.launch(
-                (facts.num_sms * _COMBINE_BLOCKS_A_SM, 1, 1),
-                stream,
-                {**common, "num_parts": parts},
-            )
-    arrays.keep_until_done(q, k_cache, block_table, cache_seqlens, metadata)
+        decode_values = {
+            **common,
+            "k_map": _cache_map(shape, k_cache, metadata),
+            "q": q.pointer,
+            "q_stride_batch": q.strides[0],
+            "q_stride_seq": q.strides[1],
+            "q_stride_head": q.strides[2],
+            "block_table": block_table.pointer,
+            "block_table_stride": block_table.strides[0],
+            "cache_seqlens": cache_seqlens.pointer,
+            "seq_len_q": shape.seq_len_q,
+            "num_blocks": shape.num_blocks,
+            "max_blocks": shape.max_blocks,
+            "causal": causal,
+            "q_is_aligned": _rows_aligned(q),
+            "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
+        }
+        grid = (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts)
+        # Two threads may share a stream and so a workspace: nothing may come between the two.
+        with _launch_lock:
+            decode_kernel.launch(grid, stream, decode_values)
+            if parts > 1:
+                combine_kernel.launch(
+                    (facts.num_sms * _COMBINE_BLOCKS_A_SM, 1, 1),
+                    stream,
+                    {**common, "num_parts": parts},
+                )
+        _keep_inputs(stream, q, k_cache, block_table, cache_seqlens, metadata)
     del keep_alive
+
+
+def _keep_inputs(stream: int, *views: View) -> None:
+    """A graph's inputs are for whoever captures it to keep; those of an eager call are ours."""
+    if views[0].library in ("jax", "dlpack") and not workspace.capture_of(stream):
+        arrays.keep_until_done(stream, *views)
 
 
 def _rows_aligned(array: View) -> bool:
@@ -201,10 +221,3 @@ def _cache_map(shape: DecodeShape, k_cache: View, metadata: View) -> bytes:
         (strides[1], strides[2], strides[0]),
         (64, geometry.BLOCK_KEYS, 1, 1),
     )
-
-
-def _is_capturing(q: View, stream: int) -> bool:
-    if stream in (0, 1):  # legacy default stream: can't be captured
-        return False
-    state = call("cuStreamIsCapturing", stream)
-    return state != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE

@@ -94,6 +94,7 @@ def _decode(dtype: str, element: str) -> Variant:
             ("int", "BLOCK_ROWS", geometry.BLOCK_ROWS),
             ("int", "BLOCK_KEYS", geometry.BLOCK_KEYS),
             ("int", "SHARED_BYTES", geometry.DECODE_SHARED_BYTES),
+            ("u32", "SHARED_BASE", geometry.SHARED_BASE),
             ("u32", "TRAP_AFTER_SPINS", TRAP_AFTER_SPINS),
         ),
     )

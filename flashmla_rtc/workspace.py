@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 from . import arrays, geometry
 from .arrays import View
-from .rtc.kernel import allowed_while_capturing
+from .rtc.kernel import allowed_while_capturing, call
 
 _lock = threading.Lock()
-_kept: dict[tuple[str, int, int], tuple[Any, Any]] = {}
-# Captured graphs outside torch: their memory must outlive them, and nothing says when they end.
-_captured: list[tuple[Any, Any]] = []
+# By library, device, stream and capture (0: eager calls).
+_kept: dict[tuple[str, int, int, int], tuple[Any, Any]] = {}
+# Plans that a graph of a library without memory pools of its own for graphs uses again.
+_captured: list[tuple[Any, ...]] = []
 
 
 def pieces(num_sms: int) -> int:
@@ -24,32 +26,48 @@ def pieces(num_sms: int) -> int:
     return 2 * num_sms * geometry.BLOCK_ROWS
 
 
-def partials(like: View, num_sms: int, stream: int, capturing: bool) -> tuple[int, int, Any]:
+def partials(like: View, num_sms: int, stream: int, capture: int) -> tuple[int, int, Any]:
     """Addresses of ``partial_out`` and ``partial_lse`` for a call on ``stream``, and their owner.
 
-    Eager calls on one stream share one workspace: they run one after the other. While a torch
-    stream is captured, memory comes from the graph's own pool. A captured graph of any other
-    library gets memory that is kept for the life of the process, since the graph may be replayed at
-    any time, beside anything.
+    Eager calls on one stream (``capture`` 0) share one workspace: they run one after the other.
+    While a torch stream is captured, memory comes from the graph's own pool. The calls of a
+    captured graph of any other library share a workspace that is kept for the life of the process,
+    since the graph may be replayed at any time, beside anything.
     """
     library = "torch" if like.library == "torch" else "cupy"
-    key = (library, like.device.index, stream)
-    kept = None if capturing else _kept.get(key)
-    if kept is None:
-        if library == "torch":
-            kept = _allocate(like, pieces(num_sms))
-        else:
-            with allowed_while_capturing():
-                kept = _allocate(like, pieces(num_sms))
-        if not capturing:
-            with _lock:
-                kept = _kept.setdefault(key, kept)
-        elif library != "torch":
-            _captured.append(kept)
-    out, lse = kept
-    if library == "torch":
+    if library == "torch" and capture:
+        out, lse = kept = _allocate(like, pieces(num_sms))
         return out.data_ptr(), lse.data_ptr(), kept
-    return out.data.ptr, lse.data.ptr, kept
+    key = (library, like.device.index, stream, capture)
+    found = _kept.get(key)
+    if found is None:
+        with allowed_while_capturing() if capture else nullcontext():
+            made = _allocate(like, pieces(num_sms))
+        with _lock:
+            found = _kept.setdefault(key, made)
+    out, lse = found
+    return arrays.pointer(out), arrays.pointer(lse), found
+
+
+def keep_while_captured(like: View, stream: int, *made: Any) -> None:
+    """Keep arrays made inside a call alive if a graph that is being captured will use them again.
+
+    torch's graphs own the memory that is allocated while they are captured; those of others do not.
+    """
+    if like.library != "torch" and capture_of(stream):
+        _captured.append(made)
+
+
+def capture_of(stream: int) -> int:
+    """The number of the capture that records ``stream`` into a CUDA graph; 0 if there is none.
+
+    Call it with the stream's device current.
+    """
+    if stream in (0, 1):  # the legacy default stream can't be captured
+        return 0
+    if call("cuStreamIsCapturing", stream) == 0:
+        return 0
+    return int(call("cuStreamGetCaptureInfo", stream)[1])
 
 
 def _allocate(like: View, rows: int) -> tuple[Any, Any]:

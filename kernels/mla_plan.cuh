@@ -40,7 +40,7 @@ struct PartWalk {
         last_request = clamp(low.z, -1, batch - 1);
         begin_block = low.y < 0 || num_parts == 1 ? 0 : low.y;
         end_block = low.w < 0 ? 0 : low.w;
-        end_is_cut = high.y != 0 && num_parts > 1;
+        end_is_cut = high.y != 0 && num_parts > 1 && low.z < batch;
     }
     __device__ __forceinline__ bool more() const { return request <= last_request; }
     __device__ __forceinline__ void next() {

@@ -2,7 +2,7 @@
 //
 // Model. Costs count 1/16 of the time that one part needs for one block of 64 keys. A request of n blocks costs
 // segment_cost + 16 n. A cut costs segment_cost once more (the query tile is loaded and an output written again) and
-// piece_cost on both sides (float32 partials). Any cut at all brings a merge: merge_cost, merge_longest_cost a piece of
+// piece_cost for each piece (float32 partials). Any cut at all brings a merge: merge_cost, merge_longest_cost a piece of
 // the most divided request, and merge_cut_cost / 16 a cut. The finish time of a plan is its dearest part plus its merge.
 //
 // Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests). Its cuts
@@ -111,7 +111,7 @@ struct Planner {
                 int cost = position(end) - position(begin);
                 if (begin.block > 0) cost += params.segment_cost + params.piece_cost;
                 if (end.block > 0) {
-                    cost += params.piece_cost;
+                    if (begin.block == 0 || begin.request < end.request) cost += params.piece_cost;
                     const int line = total - params.segment_cost;  // its first cut, by the rule of locate
                     const int first = static_cast<int>(static_cast<i64>(prefix[end.request]) * parts / line) + 1;
                     most_pieces = max(most_pieces, part + 1 - first + 2);
@@ -130,20 +130,22 @@ struct Planner {
         return dearest + params.merge_cost + params.merge_longest_cost * most_pieces + params.merge_cut_cost * cuts / 16;
     }
 
-    // Candidate c uses parts(c) parts; 0 puts whole requests on as few parts as finish no later, 1.. use 16/16, 15/16, ...
+    // How many parts candidate c uses: 0 puts whole requests on as few as finish no later, 1.. take 16/16, 15/16, ..., and 15
+    // as many as give every request the same number.
     __device__ __forceinline__ int candidate_parts(int candidate, int useful_parts) const {
         const int choice = candidate % 16;
         if (choice == 0) {
             const int requests_a_part = (params.batch + useful_parts - 1) / useful_parts;
             return (params.batch + requests_a_part - 1) / requests_a_part;
         }
+        if (choice == 15 && params.batch <= useful_parts) return useful_parts / params.batch * params.batch;
         const int parts = useful_parts * (17 - choice) / 16;
         return parts > 1 ? parts : 1;
     }
     // ... and lets cuts slide by 0, 1/8, 1/4 or 1/2 of a part.
     __device__ __forceinline__ int candidate_slack(int candidate, int parts) const {
         const int eighths = (1 << (candidate / 16)) >> 1;
-        return total / parts * eighths / 8;
+        return total / parts / 8 * eighths;
     }
 };
 

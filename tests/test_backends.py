@@ -13,11 +13,11 @@ from flashmla_rtc.rtc import CompilerMissing
 from flashmla_rtc.rtc.kernel import DeviceFacts, DriverError
 
 GPU = Device("cuda", 0)
-H100 = DeviceFacts(0, "NVIDIA H100 80GB HBM3", 132, (9, 0))
+H100 = DeviceFacts(0, "NVIDIA H100 80GB HBM3", 132, (9, 0), 1024)
 OTHERS = [
-    DeviceFacts(0, "NVIDIA A100-SXM4-80GB", 108, (8, 0)),
-    DeviceFacts(0, "NVIDIA L40S", 142, (8, 9)),
-    DeviceFacts(0, "NVIDIA B200", 148, (10, 0)),
+    DeviceFacts(0, "NVIDIA A100-SXM4-80GB", 108, (8, 0), 1024),
+    DeviceFacts(0, "NVIDIA L40S", 142, (8, 9), 1024),
+    DeviceFacts(0, "NVIDIA B200", 148, (10, 0), 1024),
 ]
 
 
@@ -163,13 +163,7 @@ def _plan() -> object:
     return get_mla_metadata(np.ones(1, np.int32), 1, 1)
 
 
-def _prepare() -> object:
-    from flashmla_rtc import prepare
-
-    return prepare(0)
-
-
-@pytest.mark.parametrize("call", [_decode, _plan, _prepare], ids=["decode", "plan", "prepare"])
+@pytest.mark.parametrize("call", [_decode, _plan], ids=["decode", "plan"])
 def test_the_warning_points_at_the_caller(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     pretend(monkeypatch, OTHERS[0])
     # NumPy arrays that say they are on a GPU: enough for the choice, and the reference computes.

@@ -658,16 +658,67 @@ def test_prepare_asks_for_the_device_that_is_named(monkeypatch: pytest.MonkeyPat
     from flashmla_rtc import backends, interface, sm90
 
     prepared: list[int] = []
-    monkeypatch.setattr(backends, "choose", lambda device: "sm90")
+    monkeypatch.setattr(backends, "why_not", lambda device: None)
     monkeypatch.setattr(sm90, "prepare", prepared.append)
-    for device in (None, 0, 2, np.int64(1), SimpleNamespace(index=3), SimpleNamespace(index=None)):
+    third = SimpleNamespace(type="cuda", index=3)
+    some = SimpleNamespace(type="cuda", index=None)
+    for device in (None, 0, 2, np.int64(1), third, some, "cuda:4", "cuda", SimpleNamespace(id=5)):
         assert interface.prepare(device) is None
-    assert prepared == [0, 0, 2, 1, 3, 0]
+    assert prepared == [0, 0, 2, 1, 3, 0, 4, 0, 5]
+
+
+@pytest.mark.parametrize(
+    "device, error",
+    [
+        (-1, ValueError),
+        ("cuda:", ValueError),
+        ("gpu", ValueError),
+        (1.7, TypeError),
+        (True, ValueError),
+        ("cuda:-1", ValueError),
+    ],
+)
+def test_prepare_refuses_what_is_no_device(device: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="device must be the index of a CUDA device"):
+        flashmla_rtc.prepare(device)
+
+
+def test_prepare_of_a_cpu_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashmla_rtc import sm90
+
+    monkeypatch.setattr(sm90, "prepare", lambda index: pytest.fail("nothing to prepare"))
+    flashmla_rtc.prepare("cpu")
 
 
 def test_prepare_does_nothing_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashmla_rtc import backends, sm90
 
-    monkeypatch.setattr(backends, "choose", lambda device: "reference")
+    monkeypatch.setattr(backends, "why_not", lambda device: "No.")
     monkeypatch.setattr(sm90, "prepare", lambda index: pytest.fail("nothing to prepare"))
     flashmla_rtc.prepare()
+
+
+def test_num_splits_without_a_plan_is_refused(numpy_problem: Problem) -> None:
+    splits = np.zeros(2, np.int32)
+    with pytest.raises(ValueError, match="num_splits belongs to a plan of arrays"):
+        flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, None, splits)
+
+
+def test_a_plan_of_another_library_is_refused(numpy_problem: Problem) -> None:
+    torch = pytest.importorskip("torch")
+    plan = torch.zeros((1, 8), dtype=torch.int32)
+    with pytest.raises(TypeError, match="tile_scheduler_metadata must be an array of q's library"):
+        flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, plan)
+
+
+def test_num_heads_q_alone_is_no_plan() -> None:
+    with pytest.raises(TypeError, match="cache_seqlens is missing"):
+        get_mla_metadata(num_heads_q=16)
+
+
+def test_a_call_that_fails_leaves_the_object_open(numpy_problem: Problem) -> None:
+    """... to a good call of any configuration, and so does an assignment."""
+    held, _ = get_mla_metadata()
+    with pytest.raises(ValueError, match="num_splits must be None"):
+        flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, held, np.zeros(2, np.int32))
+    flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, held)

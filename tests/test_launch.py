@@ -59,6 +59,7 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="sms",
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+        CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK="reserved",
     )
 
     def __init__(self, **results: Callable[..., tuple[Any, ...]]) -> None:
@@ -97,7 +98,7 @@ class Driver:
         return CUresult.CUDA_SUCCESS, b"NVIDIA H100\0\0\0"
 
     def _cuDeviceGetAttribute(self, name: str, device: int) -> tuple[Any, ...]:
-        return CUresult.CUDA_SUCCESS, {"sms": 132, "major": 9, "minor": 0}[name]
+        return CUresult.CUDA_SUCCESS, {"sms": 132, "major": 9, "minor": 0, "reserved": 1024}[name]
 
     def _cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:
         return CUresult.CUDA_SUCCESS, device + 100
@@ -230,7 +231,7 @@ def test_a_status_that_the_driver_cannot_explain_is_shown(monkeypatch: pytest.Mo
 
 def test_facts_of_a_device_are_asked_once(driver: Driver) -> None:
     facts = kernel.device_facts(1)
-    assert facts == kernel.DeviceFacts(1, "NVIDIA H100", 132, (9, 0))
+    assert facts == kernel.DeviceFacts(1, "NVIDIA H100", 132, (9, 0), 1024)
     asked = len(driver.calls)
     assert kernel.device_facts(1) is facts
     assert len(driver.calls) == asked

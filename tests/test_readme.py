@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     local = [target for target in targets if not target.startswith(("http", "#", "mailto:"))]
     missing = [target for target in local if not (page.parent / target.partition("#")[0]).exists()]
     assert not missing
+
+
+def test_figures_are_those_of_the_results() -> None:
+    """README's table is written by benchmarks/readme_table.py and by nobody else."""
+    script = ROOT / "benchmarks" / "readme_table.py"
+    subprocess.run([sys.executable, str(script), "--check"], check=True)

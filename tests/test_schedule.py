@@ -235,7 +235,7 @@ def finish_time(parts: Parts, blocks: list[int], model: CostModel) -> int:
         cost = 0
         for piece in part:
             cost += model.segment + COST_UNIT * (piece.end - piece.begin)
-            cost += model.piece * ((piece.begin > 0) + (piece.end < blocks[piece.request]))
+            cost += model.piece * (piece.begin > 0 or piece.end < blocks[piece.request])
             count[piece.request] += 1
         dearest = max(dearest, cost)
     cuts = sum(count) - len(blocks)

@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _without_folders(arguments: list[str]) -> list[str]:
+    """Where a result was written on the machine that made it is nobody's business."""
+    return [os.path.basename(argument) or argument for argument in arguments]
+
+
 def run(arguments: argparse.Namespace) -> int:
     shapes = select(GRIDS[arguments.grid](arguments.dtype), arguments.only)
     if not shapes:
@@ -158,7 +163,7 @@ def facts(torch: Any, arguments: argparse.Namespace, found: Found) -> dict[str, 
         "driver": machine.driver_version(),
         "nvrtc": machine.nvrtc_version_text(),
         "versions": {"flashmla_rtc": __version__, **machine.package_versions()},
-        "command": f"python -m flashmla_rtc {shlex.join(sys.argv[1:])}",
+        "command": f"python -m flashmla_rtc {shlex.join(_without_folders(sys.argv[1:]))}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "grid": arguments.grid,
         "held_seconds": None if arguments.no_held else arguments.held_seconds,

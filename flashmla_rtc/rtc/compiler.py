@@ -279,7 +279,7 @@ def _refuse_slow_code(source: KernelSource, arch: str, usage: _Usage, log: str) 
     complaints.extend(
         f"ptxas says: {line.partition(':')[2].strip().rstrip('.')}"
         for line in log.splitlines()
-        if "Potential Performance Loss" in line
+        if "Potential Performance Loss" in line or "(C7517)" in line
     )
     if complaints:
         raise CompileError(

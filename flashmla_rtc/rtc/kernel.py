@@ -61,12 +61,16 @@ def _reason(module: Any, status: Any) -> str:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a launch needs to know of a device: its SMs and its compute capability."""
+    """What a launch needs to know of a device.
+
+    reserved_smem_bytes: of each block's shared memory, in front of what a kernel asks for.
+    """
 
     index: int
     name: str
     num_sms: int
     capability: tuple[int, int]
+    reserved_smem_bytes: int
 
 
 @functools.cache
@@ -85,6 +89,7 @@ def device_facts(index: int) -> DeviceFacts:
         call("cuDeviceGetName", 128, device).decode().rstrip("\0"),
         read("MULTIPROCESSOR_COUNT"),
         (read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")),
+        read("RESERVED_SHARED_MEMORY_PER_BLOCK"),
     )
 
 

@@ -6,7 +6,9 @@ So the two can't disagree.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 # kind -> (C++ type, size, alignment, struct format). A pointer names what it points at, such as
@@ -30,6 +32,10 @@ class ParamStruct:
 
     name: str
     fields: tuple[tuple[str, str], ...]
+    _packer: struct.Struct = field(init=False, repr=False, compare=False)
+    _in_order: Callable[[dict[str, Any]], tuple[Any, ...]] = field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         formats, offset, largest = ["<"], 0, 1
@@ -40,16 +46,16 @@ class ParamStruct:
             offset += padding + size
             largest = max(largest, alignment)
         formats.append(f"{-offset % largest}x")
-        object.__setattr__(self, "_struct", struct.Struct("".join(formats)))
+        object.__setattr__(self, "_packer", struct.Struct("".join(formats)))
+        names = [name for _, name in self.fields]
+        pick = itemgetter(*names)  # of one name it picks the value itself
+        in_order = pick if len(names) > 1 else lambda values: (pick(values),)
+        object.__setattr__(self, "_in_order", in_order)
 
     @property
     def size(self) -> int:
         """sizeof, in bytes."""
         return self._packer.size
-
-    @property
-    def _packer(self) -> struct.Struct:
-        return self._struct  # type: ignore[attr-defined,no-any-return]
 
     def cpp(self) -> str:
         """The C++ definition. The kernels' headers define ``TensorMap`` and the integer names."""
@@ -66,7 +72,7 @@ class ParamStruct:
         if len(values) > len(self.fields):
             extra = set(values) - {name for _, name in self.fields}
             raise TypeError(f"{self.name} has no field {', '.join(sorted(extra))}.")
-        self._packer.pack_into(buffer, 0, *[values[name] for _, name in self.fields])
+        self._packer.pack_into(buffer, 0, *self._in_order(values))
 
 
 def _kind(kind: str) -> tuple[str, int, int, str]:

@@ -26,7 +26,6 @@ struct SameType<A, A> {
 
 #define INFINITY_F32 __int_as_float(0x7F800000)
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
 
 // The 32-bit address that shared-memory instructions take.

@@ -256,3 +256,24 @@ def test_capture_of_a_cupy_stream(replan: bool) -> None:
             expected = step.call.plan()
             assert np.array_equal(plan[0].get(), expected[0].cpu().numpy())
             assert np.array_equal(plan[1].get(), expected[1].cpu().numpy())
+
+
+def test_a_captured_cupy_call_that_plans_by_itself_writes_nowhere_else() -> None:
+    """Its plan lives as long as the graph: a replay leaves alone what CuPy hands out later."""
+    cupy = pytest.importorskip("cupy")
+    step = Step(dtype=torch.float16)
+    arrays = cupy_arrays(cupy, step.call)
+    out, lse = cupy.from_dlpack(step.out), cupy.from_dlpack(step.lse)
+    parts = step.call.plan()[0].shape[0]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        flashmla_rtc.flash_mla_with_kvcache(*arrays, 512, None, causal=True, out=out, lse=lse)
+        graph = stream.end_capture()
+        shapes = [(parts, 8), (BATCH + 1,)] * 20
+        later = [cupy.full(shape, 77, dtype=cupy.int32) for shape in shapes]
+    step.fill(STEPS[0], 1)
+    graph.launch(stream)
+    stream.synchronize()
+    step.assert_right()
+    assert all(int((array != 77).sum()) == 0 for array in later)

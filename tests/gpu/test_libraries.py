@@ -267,6 +267,24 @@ def test_jax_arrays_that_are_still_being_computed(jax_on_gpu: Any) -> None:
     )
 
 
+@pytest.mark.allowed_skip
+def test_jax_arrays_may_be_dropped_while_the_call_still_waits(jax_on_gpu: Any) -> None:
+    """JAX would give their memory to the arrays that are made next."""
+    numpy = jax_on_gpu.numpy
+    call = problem()
+    expected = check(call)
+    decode(to_jax(jax_on_gpu, call))
+    arrays = to_jax(jax_on_gpu, call)
+    shapes = [array.shape for array in arrays]
+    torch.cuda._sleep(CYCLES)  # on the stream that the kernels will use
+    out, lse = decode(arrays)
+    del arrays
+    others = [numpy.full(shapes[i], 7e4, dtype=numpy.bfloat16) for i in (0, 1) for _ in range(4)]
+    for other in others:
+        other.block_until_ready()
+    assert_torch_bits((np.array(out), np.array(lse)), expected)
+
+
 def test_numpy_arrays_stay_on_the_cpu() -> None:
     """Through the reference backend, to the same numbers within rounding."""
     call = problem(torch.float16)

@@ -79,6 +79,19 @@ def test_a_plan_for_fewer_requests_leaves_the_others_alone(planned: int) -> None
     assert torch.equal(lse[planned:], torch.full_like(lse[planned:], 8.0))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_a_plan_for_more_requests_is_right_for_those_there_are(batch: int) -> None:
+    """As when a captured plan is larger than the live batch; num_splits need not be given."""
+    whole = make(LENGTHS)
+    metadata, _ = whole.plan()
+    fewer = whole.but(
+        q=whole.q[:batch],
+        block_table=whole.block_table[:batch],
+        cache_seqlens=whole.cache_seqlens[:batch],
+    )
+    assert_matches(fewer.run((metadata, None)), fewer.expected())
+
+
 def test_padded_rows_cost_no_key_and_no_fault() -> None:
     """As in captured batches: length 0 and a table of -1."""
     problem = make([700, 64, 3000, 0, 0, 0, 0, 0], poison=torch.nan)

@@ -138,13 +138,13 @@ def on_device(index: int) -> arrays.View:
 def test_workspaces_are_kept_by_device_and_stream() -> None:
     uses = [(0, 0), (1, 0), (0, 7), (1, 7)]
     addresses = {
-        (device, stream): workspace.partials(on_device(device), 132, stream, False)[:2]
+        (device, stream): workspace.partials(on_device(device), 132, stream, 0)[:2]
         for device, stream in uses
     }
     assert len({address for pair in addresses.values() for address in pair}) == 2 * len(uses)
     for (device, stream), pair in addresses.items():
-        assert workspace.partials(on_device(device), 132, stream, False)[:2] == pair
-        assert workspace.partials(on_device(device), 132, stream, True)[:2] != pair
+        assert workspace.partials(on_device(device), 132, stream, 0)[:2] == pair
+        assert workspace.partials(on_device(device), 132, stream, 1)[:2] != pair
 
 
 def test_kernels_are_kept_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

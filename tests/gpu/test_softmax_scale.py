@@ -10,7 +10,7 @@ from problem import HEAD_DIM, assert_matches, assert_same_bits, make
 
 LENGTHS = [1, 40, 64, 65, 300, 1000, 2500, 2500]
 
-# Where scores spread over more than one power of two, mantissas of probabilities are spread like 1/x
+# Where scores spread over powers of two, mantissas of probabilities are spread like 1/x
 # and rounding one to bfloat16 costs 1.66e-3 on average, as rounding the output does: together
 # 1.66e-3 * sqrt(2) = 2.35e-3. Few keys carry a row when scores are wide, so the mean over a call
 # varies; 5 % are allowed for that.

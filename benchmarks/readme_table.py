@@ -1,0 +1,105 @@
+"""Writes README.md's table of figures from benchmarks/results/h100.json.
+
+python benchmarks/readme_table.py          # rewrites the part of README.md between its marks
+python benchmarks/readme_table.py --check  # exit status 1 if README.md says something else
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+
+# (batch, queries, heads, keys) of the rows to show.
+SHOWN = [
+    (1, 1, 16, 4096),
+    (1, 1, 128, 4096),
+    (1, 1, 16, 65536),
+    (8, 1, 16, 8192),
+    (8, 1, 128, 8192),
+    (32, 1, 64, 4096),
+    (64, 1, 128, 8192),
+    (128, 1, 16, 8192),
+    (128, 1, 64, 8192),
+    (128, 1, 128, 8192),
+    (128, 2, 128, 8192),
+]
+
+
+def cell(row: dict[str, Any], peer: str) -> str:
+    time = row["peers"].get(peer)
+    return "" if time is None else f"{time:.1f} ({time / row['us']:.2f}×)"
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = {
+        (row["b"], row["s_q"], row["h_q"], row["seqlen"]): row
+        for row in results["rows"]
+        if not row["varlen"]
+    }
+    lines = [
+        "| requests | queries | heads | keys | µs | TFLOPS | GB/s | FlashMLA µs | FlashInfer µs |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for shape in SHOWN:
+        row = rows[shape]
+        figures = f"{row['us']:.1f} | {row['TFLOPS']:.0f} | {row['GBps']:.0f}"
+        peers = f"{cell(row, 'flash_mla')} | {cell(row, 'flashinfer')}"
+        lines.append(f"| {' | '.join(map(str, shape))} | {figures} | {peers} |")
+    return "\n".join(lines)
+
+
+def means(results: dict[str, Any]) -> str:
+    best = [min(row["peers"].values()) / row["us"] for row in results["rows"] if row["peers"]]
+    product = 1.0
+    for ratio in best:
+        product *= ratio ** (1 / len(best))
+    ahead = sum(ratio >= 1 for ratio in best)
+    return (
+        f"Over the {len(best)} shapes of the grid the time of the faster peer over ours is "
+        f"{product:.2f} in the geometric mean, from {min(best):.2f} to {max(best):.2f}; "
+        f"{ahead} shapes are at 1 or above."
+    )
+
+
+def section(results: dict[str, Any]) -> str:
+    ceilings, host = results["ceilings"], results["host_us"]
+    return f"""{BEGIN}
+One {results["device"]}, bf16, time of a call in a CUDA graph in a burst, caches rotated past the
+L2, all measured in turn in one process; in brackets the peer's time over ours. The same process
+read {ceilings["read_TBps"]:.2f} TB/s and multiplied 8192³ matrices at
+{ceilings["bf16_matmul_TFLOPS"]:.0f} TFLOPS.
+
+{table(results)}
+
+{means(results)}
+A call takes the host {host["call"]:.0f} µs, {host["call_with_out"]:.0f} µs with `out=` and `lse=`;
+FlashMLA's takes {host["peer_flash_mla"]:.0f} µs.
+
+FlashMLA is the wheel `sgl-flash-mla` 1.0.0, FlashInfer is 0.5.3 with its fa3 backend. The figures
+are those of [benchmarks/results/h100.json](benchmarks/results/h100.json), made by
+
+```sh
+python -m flashmla_rtc bench --grid full --json benchmarks/results/h100.json
+```
+{END}"""
+
+
+def main(arguments: list[str]) -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN), text.index(END) + len(END)
+    new = text[:begin] + section(json.loads(RESULTS.read_text(encoding="utf-8"))) + text[end:]
+    if "--check" in arguments:
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
