@@ -20,30 +20,15 @@ HERE = Path(__file__).resolve().parent
 REASON = why_not()
 LEDGER = pytest.StashKey[Ledger]()
 
+# Without torch the modules can't be imported, not even to be skipped.
+collect_ignore_glob = ["test_*.py"] if REASON and "torch is not installed" in REASON else []
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "allowed_skip: a full run may skip this test, such as one that needs two GPUs"
     )
     config.stash[LEDGER] = Ledger(HERE)
-
-
-class _WithoutTorch(pytest.File):
-    """Stands for a file of tests that can't be imported."""
-
-    def collect(self) -> Iterator[pytest.Item]:
-        yield _Skipped.from_parent(self, name="all")
-
-
-class _Skipped(pytest.Item):
-    def runtest(self) -> None:
-        pytest.skip(str(REASON))
-
-
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
-    if REASON is not None and "torch is not installed" in REASON:
-        return _WithoutTorch.from_parent(parent, path=module_path)
-    return None
 
 
 def _here(item: pytest.Item) -> bool:
