@@ -79,7 +79,7 @@ def main() -> None:
             "This example needs a Hopper GPU: it captures a CUDA graph of the kernels."
         )
     torch.manual_seed(0)
-    flashmla_rtc.prepare()  # modules cannot be loaded during capture
+    flashmla_rtc.prepare()  # loads the kernels now rather than inside the capture
     step = Step()
 
     graph_with_planner = torch.cuda.CUDAGraph()

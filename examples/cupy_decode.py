@@ -26,14 +26,15 @@ def main() -> None:
 
     cupy.random.seed(0)
     batch, heads, layers, layer, pages = 4, 16, 2, 1, 36
-    projection = cupy.random.randn(batch, 1, heads, 640).astype(cupy.float16)
-    q = projection[..., :576]
-    all_layers = cupy.random.randn(pages, layers, 64, 1, 576).astype(cupy.float16)
-    k_cache = all_layers[:, layer]
-    block_table = cupy.random.permutation(pages).astype(cupy.int32).reshape(batch, 9)
-    cache_seqlens = cupy.asarray([513, 64, 2, 190], dtype=cupy.int32)
-
+    # A stream of one's own sees what was made on it; what other streams make needs an event.
     with cupy.cuda.Stream(non_blocking=True) as stream:
+        projection = cupy.random.randn(batch, 1, heads, 640).astype(cupy.float16)
+        q = projection[..., :576]
+        all_layers = cupy.random.randn(pages, layers, 64, 1, 576).astype(cupy.float16)
+        k_cache = all_layers[:, layer]
+        block_table = cupy.random.permutation(pages).astype(cupy.int32).reshape(batch, 9)
+        cache_seqlens = cupy.asarray([513, 64, 2, 190], dtype=cupy.int32)
+
         metadata, num_splits = flashmla_rtc.get_mla_metadata(cache_seqlens, heads, 1)
         out, lse = flashmla_rtc.flash_mla_with_kvcache(
             q, k_cache, block_table, cache_seqlens, 512, metadata, num_splits
