@@ -149,6 +149,18 @@ def test_torch_dtype_names(torch: Any, dtype: str) -> None:
         assert view(torch.zeros(3, dtype=getattr(torch, dtype)), "q").dtype == dtype
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta", "meta without elements"])
+def test_a_torch_tensor_without_elements_in_memory_is_refused(torch: Any, kind: str) -> None:
+    tensors = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "meta": lambda: torch.zeros(3, device="meta"),
+        "meta without elements": lambda: torch.zeros(0, device="meta"),
+    }
+    with pytest.raises(TypeError, match="q must be a dense tensor with elements in memory"):
+        view(tensors[kind](), "q")
+    assert view(torch.zeros(0), "q").shape == (0,)  # an empty one is legal
+
+
 def test_torch_subclasses(torch: Any) -> None:
     class Special(torch.Tensor):
         pass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from flashmla_rtc import arrays, backends
+from flashmla_rtc import arrays, backends, geometry
 from flashmla_rtc.arrays import CPU, Device
 from flashmla_rtc.rtc import CompilerMissing
 from flashmla_rtc.rtc.kernel import DeviceFacts, DriverError
@@ -161,6 +161,22 @@ def _plan() -> object:
     from flashmla_rtc import get_mla_metadata
 
     return get_mla_metadata(np.ones(1, np.int32), 1, 1)
+
+
+@pytest.mark.parametrize("reserved", [1024, 2048])
+def test_kernels_are_refused_where_shared_memory_begins_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, reserved: int
+) -> None:
+    """Their descriptors are constants, and a wrong one would end in a launch failure."""
+    from flashmla_rtc import sm90
+
+    facts = DeviceFacts(0, "NVIDIA H100 80GB HBM3", 132, (9, 0), reserved)
+    monkeypatch.setattr(sm90, "device_facts", lambda index: facts)
+    if reserved == geometry.SHARED_BASE:
+        sm90._check_shared_memory(0)
+    else:
+        with pytest.raises(DriverError, match=r"reserves 2048 bytes .* made for 1024"):
+            sm90._check_shared_memory(0)
 
 
 @pytest.mark.parametrize("call", [_decode, _plan], ids=["decode", "plan"])

@@ -593,6 +593,7 @@ def test_good_planning(arguments: tuple[Any, ...]) -> None:
         ((LENGTHS, 16, 1, -4), ValueError, ["num_heads_q", "at least 1", "-4"]),
         ((LENGTHS, 16, 1, "16"), TypeError, ["num_heads_q", "integer", "'16'"]),
         ((LENGTHS, 16, 3, 16), ValueError, ["num_heads_q", "multiple of num_heads_k", "16", "3"]),
+        ((LENGTHS, 20, 1, 16), ValueError, ["num_q_tokens_per_head_k", "multiple", "16", "20"]),
     ],
 )  # fmt: skip
 def test_bad_planning(

@@ -198,8 +198,17 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("command", ["kernels", "doctor", "demo"])
-def test_a_mode_that_does_not_exist_is_told_by_every_command(tmp_path: Path, command: str) -> None:
-    environment = {**os.environ, "FLASHMLA_RTC_COMPILE": "eager", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(
+    "variable, value, words",
+    [
+        ("FLASHMLA_RTC_COMPILE", "eager", "FLASHMLA_RTC_COMPILE is 'eager', but must be"),
+        ("FLASHMLA_RTC_VALIDATE", "yes", "The environment variable FLASHMLA_RTC_VALIDATE must be"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_told_by_every_command(
+    tmp_path: Path, command: str, variable: str, value: str, words: str
+) -> None:
+    environment = {**os.environ, variable: value, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-m", "flashmla_rtc", command],
         cwd=tmp_path,
@@ -212,7 +221,7 @@ def test_a_mode_that_does_not_exist_is_told_by_every_command(tmp_path: Path, com
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert line.startswith("flashmla_rtc: FLASHMLA_RTC_COMPILE is 'eager', but must be")
+    assert line.startswith(f"flashmla_rtc: {words}")
 
 
 # -- fork -----------------------------------------------------------------------------------------

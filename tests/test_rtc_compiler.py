@@ -193,6 +193,19 @@ def test_every_code_of_a_performance_loss_is_refused(code):
         compiler._refuse_slow_code(KernelSource("k", "k", ""), "sm_90a", usage, log)
 
 
+def test_a_wait_that_ptxas_put_in_is_refused():
+    """In a branch that some warps take, it would make the warps of a warpgroup disagree."""
+    log = (
+        "ptxas info    : (C7517) warpgroup.wait is injected in around line 1 by compiler to allow "
+        "use of registers defined by GMMA in function 'k'\n"
+    )
+    usage = compiler._Usage(registers=168, spill_bytes=0, smem_bytes=0, stack_bytes=0)
+    with pytest.raises(CompileError, match="C7517"):
+        compiler._refuse_slow_code(KernelSource("k", "k", ""), "sm_90a", usage, log)
+    arrive = log.replace("C7517", "C7519").replace("wait", "arrive")  # this one costs nothing
+    compiler._refuse_slow_code(KernelSource("k", "k", ""), "sm_90a", usage, arrive)
+
+
 def test_an_entry_that_does_not_exist_is_named_with_those_that_do():
     text = failure("k", "shfit", SHARED)
     assert "named shfit; it defines shift" in text
