@@ -1,4 +1,4 @@
-"""``python -m flashmla_rtc``: demo, doctor, kernels and bench. Errors are sentences on stderr."""
+"""``python -m flashmla_rtc``: demo, doctor, kernels, bench and plot. Errors are sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flashmla_rtc._version import __version__
-from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels
+from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels, plot
 from flashmla_rtc.rtc.build import compile_mode
 from flashmla_rtc.validation import validation_enabled
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": (doctor, "say what this machine has, what works, and what to install"),
     "kernels": (kernels, "compile the kernels and list what each one uses"),
     "bench": (bench, "measure the kernels beside the device's limits and their peers"),
+    "plot": (plot, "draw what bench --json wrote: the roofline, or the peers' times over ours"),
 }
 
 

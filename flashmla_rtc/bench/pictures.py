@@ -1,0 +1,173 @@
+"""Pictures of a benchmark's document: the roofline, and how many times as long the peers take.
+
+They need matplotlib, which the extra ``plot`` brings. The roofline model is that of Williams,
+Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
+architectures", CACM 52(4), 2009: a kernel is as fast as its arithmetic allows, or as the bytes that
+it has to move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .shapes import Shape, geometric_mean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Document = Mapping[str, Any]
+
+# Okabe and Ito's colours, which readers with any colour vision tell apart.
+_OURS, _PEERS, _LINE = "#0072B2", ("#E69F00", "#009E73", "#CC79A7"), "#333333"
+# A marker for each batch and length of the grid; any other shape gets the last one.
+_MARKERS = {
+    (1, 4096, False): ("v", "1 request of 4,096 keys"),
+    (1, 65536, False): ("^", "1 of 65,536"),
+    (8, 8192, False): ("<", "8 of 8,192"),
+    (32, 4096, False): (">", "32 of 4,096"),
+    (64, 8192, False): ("D", "64 of 8,192"),
+    (128, 4096, False): ("s", "128 of 4,096"),
+    (128, 8192, False): ("o", "128 of 8,192"),
+    (128, 4096, True): ("P", "128 of about 4,096"),
+}
+_OTHER = ("X", "other shapes")
+
+
+def shape_of(row: Mapping[str, Any]) -> Shape:
+    """The shape that a row of a document measured."""
+    return Shape(row["b"], row["s_q"], row["h_q"], row["seqlen"], row["varlen"], row["dtype"])
+
+
+def _marker(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _MARKERS.get((row["b"], row["seqlen"], row["varlen"]), _OTHER)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def roofline(document: Document) -> Figure:
+    """Operations a second over operations a byte, on a log-log scale, under the measured ceilings.
+
+    A filled marker is ours in a burst, a hollow one the fastest peer. The roof is the smaller of
+    the read bandwidth and the matrix product in a burst; the broken line is the product held.
+
+    Raises:
+        KeyError: the document has no rows, or not the two ceilings.
+    """
+    rows: Sequence[Mapping[str, Any]] = document["rows"]
+    if not rows:
+        raise KeyError("rows")
+    ceilings = document["ceilings"]
+    bandwidth, peak = ceilings["read_TBps"], ceilings["bf16_matmul_TFLOPS"]
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    shapes = [shape_of(row) for row in rows]
+    intensities = [shape.flops / shape.bytes for shape in shapes]
+
+    left, right = min(intensities) / 1.5, max(*intensities, peak / bandwidth) * 1.5
+    ridge = peak / bandwidth  # TFLOPS over TB/s: operations a byte
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=_LINE, label="_roof")
+    axes.annotate(
+        f"read {bandwidth:.2f} TB/s",
+        (left * 1.1, left * 1.1 * bandwidth),
+        xytext=(0, 14),
+        textcoords="offset points",
+        rotation=38,
+        color=_LINE,
+    )
+    axes.annotate(
+        f"matrix product {peak:.0f} TFLOPS in a burst",
+        (right, peak),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+        color=_LINE,
+    )
+    held = ceilings.get("bf16_matmul_held_TFLOPS")
+    if held:
+        axes.plot([held / bandwidth, right], [held, held], color=_LINE, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{held:.0f} held",
+            (right, held),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
+            color=_LINE,
+        )
+
+    for row, shape, intensity in zip(rows, shapes, intensities, strict=True):
+        marker, label = _marker(row)
+        if row["peers"]:
+            axes.plot(
+                intensity,
+                shape.flops / min(row["peers"].values()) / 1e6,
+                marker,
+                color=_PEERS[0],
+                fillstyle="none",
+                label="_peer",
+            )
+        axes.plot(intensity, row["TFLOPS"], marker, color=_OURS, label=label)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), loc="lower right", fontsize="small", frameon=False)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations a byte (2 · rows · (576 + 512) a token of 1,152 bytes)",
+        ylabel="TFLOPS",
+        title=f"{document['device']}: ours (filled) and the fastest peer (hollow)",
+    )
+    axes.set_xlim(left, right)
+    axes.set_ylim(top=peak * 1.7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.set_xticks([20, 50, 100, 200, 500])
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def speedup(document: Document) -> Figure:
+    """The time of the fastest peer over ours for each shape: a column for each batch and length, a
+    line for each number of query rows (heads times queries).
+
+    Raises:
+        KeyError: no row of the document has a peer.
+    """
+    rows = [row for row in document["rows"] if row["peers"]]
+    if not rows:
+        raise KeyError("peers")
+    names = list(dict.fromkeys(_marker(row)[1] for row in rows))
+    lines: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        at = lines.setdefault(row["h_q"] * row["s_q"], {}).setdefault(_marker(row)[1], [])
+        at.append(min(row["peers"].values()) / row["us"])
+    figure = _figure(8, 4)
+    axes = figure.add_subplot()
+    columns = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
+    for number, (query_rows, by_name) in enumerate(sorted(lines.items())):
+        axes.plot(
+            [names.index(name) for name in by_name],
+            [geometric_mean(ratios) for ratios in by_name.values()],
+            marker="o",
+            linestyle="",
+            color=columns[number % len(columns)],
+            label=f"{query_rows} rows",
+        )
+    axes.axhline(1, color=_LINE, linewidth=1)
+    axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
+    mean = geometric_mean(min(row["peers"].values()) / row["us"] for row in rows)
+    axes.set(
+        ylabel="time of the fastest peer / ours",
+        title=f"{document['device']}: geometric mean {mean:.2f}",
+    )
+    axes.legend(fontsize="small", frameon=False, ncols=2)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+PICTURES = {"roofline": roofline, "speedup": speedup}
