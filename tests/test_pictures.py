@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_roof_is_the_smaller_ceiling(document: dict[str, Any]) -> None:
 
 def test_the_hollow_points_are_the_fastest_peer(document: dict[str, Any]) -> None:
     axes = pictures.roofline(document).axes[0]
-    hollow = markers(axes, pictures._PEERS[0], "none")
+    hollow = markers(axes, pictures._PEER, "none")
     for (_, tflops), row in zip(hollow, document["rows"], strict=True):
         fastest = min(row["peers"].values())
         assert tflops == pytest.approx(pictures.shape_of(row).flops / fastest / 1e6)
@@ -74,9 +75,18 @@ def test_speedup_is_the_fastest_peer_over_ours(document: dict[str, Any]) -> None
     figure = pictures.speedup(document)
     ratios = [min(row["peers"].values()) / row["us"] for row in document["rows"]]
     assert f"geometric mean {geometric_mean(ratios):.2f}" in figure.axes[0].get_title()
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    heights = [height for line in points for height in line.get_ydata()]
-    assert min(ratios) <= min(heights) <= max(heights) <= max(ratios)
+    expected: dict[tuple[int, str], list[float]] = {}
+    for row, ratio in zip(document["rows"], ratios, strict=True):
+        column = pictures._marker(row)[1]
+        expected.setdefault((row["h_q"] * row["s_q"], column), []).append(ratio)
+    columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    drawn = {
+        (int(line.get_label().split()[0]), columns[int(x)]): y
+        for line in figure.axes[0].lines
+        if line.get_marker() == "o"
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
+    assert drawn == pytest.approx({key: geometric_mean(at) for key, at in expected.items()})
 
 
 def test_shapes_outside_the_grid_and_missing_peers_are_drawn(document: dict[str, Any]) -> None:
@@ -97,10 +107,11 @@ def test_the_command_draws_the_same_twice(picture: str, tmp_path: Path) -> None:
 
 
 def test_the_picture_in_the_docs_is_of_the_committed_results(document: dict[str, Any]) -> None:
-    """Its labels hold the ceilings of the run. (Its lines differ between versions of
+    """It names the results that it was drawn from. (Its lines differ between versions of
     matplotlib.)
     """
     text = (ROOT / "docs" / "images" / "roofline.svg").read_text(encoding="utf-8")
+    assert hashlib.sha256(RESULTS.read_text(encoding="utf-8").encode()).hexdigest() in text
     ceilings = document["ceilings"]
     assert f"read {ceilings['read_TBps']:.2f} TB/s" in text
     assert f"matrix product {ceilings['bf16_matmul_TFLOPS']:.0f} TFLOPS in a burst" in text
@@ -121,9 +132,20 @@ def test_what_can_t_be_drawn_is_said(
     other = tmp_path / "other.json"
     other.write_text("no json")
     assert "is not JSON" in fails(capsys, "roofline", str(other), out)
-    for text in ("{}", '{"rows": []}', "[]"):
+    for text, problem in (
+        ("{}", "has no rows"),
+        ('{"rows": []}', "has no rows"),
+        ('{"rows": [{}]}', "has no ceilings"),
+        ("[]", "can't be drawn"),
+        (
+            '{"rows": [7], "ceilings": {"read_TBps": 3, "bf16_matmul_TFLOPS": 9}}',
+            "can't be drawn",
+        ),
+    ):
         other.write_text(text)
-        assert "needs what bench --json writes" in fails(capsys, "roofline", str(other), out)
+        message = fails(capsys, "roofline", str(other), out)
+        assert problem in message
+        assert "roofline needs what bench --json writes." in message
     bad = str(tmp_path / "out.nothing")
     assert "could not be written" in fails(capsys, "roofline", str(RESULTS), bad)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

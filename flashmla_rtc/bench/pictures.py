@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
-_OURS, _PEERS, _LINE = "#0072B2", ("#E69F00", "#009E73", "#CC79A7"), "#333333"
+_OURS, _PEER, _LINE = "#0072B2", "#E69F00", "#333333"
+_BY_ROWS = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 # A marker for each batch and length of the grid; any other shape gets the last one.
 _MARKERS = {
     (1, 4096, False): ("v", "1 request of 4,096 keys"),
@@ -41,6 +42,11 @@ def shape_of(row: Mapping[str, Any]) -> Shape:
 
 def _marker(row: Mapping[str, Any]) -> tuple[str, str]:
     return _MARKERS.get((row["b"], row["seqlen"], row["varlen"]), _OTHER)
+
+
+def _fastest_peer(row: Mapping[str, Any]) -> float:
+    """Microseconds, in a burst."""
+    return float(min(row["peers"].values()))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -68,8 +74,8 @@ def roofline(document: Document) -> Figure:
     shapes = [shape_of(row) for row in rows]
     intensities = [shape.flops / shape.bytes for shape in shapes]
 
-    left, right = min(intensities) / 1.5, max(*intensities, peak / bandwidth) * 1.5
     ridge = peak / bandwidth  # TFLOPS over TB/s: operations a byte
+    left, right = min(*intensities, ridge) / 1.5, max(*intensities, ridge) * 1.5
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=_LINE, label="_roof")
     axes.annotate(
         f"read {bandwidth:.2f} TB/s",
@@ -104,9 +110,9 @@ def roofline(document: Document) -> Figure:
         if row["peers"]:
             axes.plot(
                 intensity,
-                shape.flops / min(row["peers"].values()) / 1e6,
+                shape.flops / _fastest_peer(row) / 1e6,
                 marker,
-                color=_PEERS[0],
+                color=_PEER,
                 fillstyle="none",
                 label="_peer",
             )
@@ -121,19 +127,20 @@ def roofline(document: Document) -> Figure:
         ylabel="TFLOPS",
         title=f"{document['device']}: ours (filled) and the fastest peer (hollow)",
     )
-    axes.set_xlim(left, right)
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+    axes.set_xlim(left, right)  # behind set_xticks, which widens them
     axes.set_ylim(top=peak * 1.7)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    axes.set_xticks([20, 50, 100, 200, 500])
     axes.grid(alpha=0.25)
     return figure
 
 
 def speedup(document: Document) -> Figure:
-    """The time of the fastest peer over ours for each shape: a column for each batch and length, a
-    line for each number of query rows (heads times queries).
+    """The time of the fastest peer over ours in a burst: a column for each batch and length, a
+    colour for each number of query rows (heads times queries). Shapes that agree in both share a
+    point, their geometric mean.
 
     Raises:
         KeyError: no row of the document has a peer.
@@ -142,25 +149,24 @@ def speedup(document: Document) -> Figure:
     if not rows:
         raise KeyError("peers")
     names = list(dict.fromkeys(_marker(row)[1] for row in rows))
-    lines: dict[int, dict[str, list[float]]] = {}
+    points: dict[int, dict[str, list[float]]] = {}
     for row in rows:
-        at = lines.setdefault(row["h_q"] * row["s_q"], {}).setdefault(_marker(row)[1], [])
-        at.append(min(row["peers"].values()) / row["us"])
+        by_name = points.setdefault(row["h_q"] * row["s_q"], {})
+        by_name.setdefault(_marker(row)[1], []).append(_fastest_peer(row) / row["us"])
     figure = _figure(8, 4)
     axes = figure.add_subplot()
-    columns = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
-    for number, (query_rows, by_name) in enumerate(sorted(lines.items())):
+    for number, (query_rows, by_name) in enumerate(sorted(points.items())):
         axes.plot(
             [names.index(name) for name in by_name],
             [geometric_mean(ratios) for ratios in by_name.values()],
             marker="o",
             linestyle="",
-            color=columns[number % len(columns)],
+            color=_BY_ROWS[number % len(_BY_ROWS)],
             label=f"{query_rows} rows",
         )
     axes.axhline(1, color=_LINE, linewidth=1)
     axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
-    mean = geometric_mean(min(row["peers"].values()) / row["us"] for row in rows)
+    mean = geometric_mean(_fastest_peer(row) / row["us"] for row in rows)
     axes.set(
         ylabel="time of the fastest peer / ours",
         title=f"{document['device']}: geometric mean {mean:.2f}",

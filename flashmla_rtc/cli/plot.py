@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    document = _read(arguments.results)
+    text, document = _read(arguments.results)
     try:
         import matplotlib
     except ImportError:
         raise CommandError(
             "plot needs matplotlib, which is not installed: pip install 'flashmla_rtc[plot]'."
         ) from None
+    needs = f"{arguments.picture} needs what bench --json writes."
     try:
         figure = PICTURES[arguments.picture](document)
-    except (KeyError, TypeError) as error:
-        raise CommandError(
-            f"{arguments.results} has no {error.args[0] if error.args else 'rows'}: "
-            f"{arguments.picture} needs what bench --json writes."
-        ) from None
+    except KeyError as error:
+        raise CommandError(f"{arguments.results} has no {error.args[0]}: {needs}") from None
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise CommandError(f"{arguments.results} can't be drawn ({error}): {needs}") from None
+    # The same results give the same file, which names them.
+    origin = f"results sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+    metadata = {"Date": None, "Description": origin} if arguments.output.suffix == ".svg" else None
     try:
-        # The same data give the same file, and text stays text.
         with matplotlib.rc_context({"svg.hashsalt": "flashmla_rtc", "svg.fonttype": "none"}):
-            metadata = {"Date": None} if arguments.output.suffix == ".svg" else None
             figure.savefig(arguments.output, dpi=150, metadata=metadata)
     except (OSError, ValueError) as error:
         raise CommandError(f"{arguments.output} could not be written: {error}.") from None
@@ -44,9 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return text, json.loads(text)
     except OSError as error:
         raise CommandError(f"{path} could not be read: {error.strerror}.") from None
     except ValueError as error:
