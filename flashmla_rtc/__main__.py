@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flashmla_rtc._version import __version__
-from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels, plot
+from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels, plot, timeline
 from flashmla_rtc.rtc.build import compile_mode
 from flashmla_rtc.validation import validation_enabled
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": (doctor, "say what this machine has, what works, and what to install"),
     "kernels": (kernels, "compile the kernels and list what each one uses"),
     "bench": (bench, "measure the kernels beside the device's limits and their peers"),
+    "timeline": (timeline, "record what the thread blocks of one decode call did when"),
     "plot": (plot, "draw what bench --json wrote: the roofline, or the peers' times over ours"),
 }
 

@@ -25,16 +25,29 @@ MAX_PLANNED_BLOCKS = 1 << 26
 MAX_PARTS = 256
 """Most parts of a plan; no Hopper GPU has more SMs."""
 
+MERGE_PATIENCE = 10_000
+"""Looks, of about a microsecond, after which a thread block no longer waits for others' pieces."""
+
 SCHEDULE_THREADS = 1024
 SCHEDULE_CANDIDATES = 64
-COMBINE_THREADS = 256
 DECODE_THREADS = 384
 PLAN_COLUMNS = 8
+
+TILE_STRIPS = 8
+"""Strips of 16 rows and 256 columns in a tile of partial results."""
+
+TILE_STATE_BYTES = 32
+"""What is kept of a tile from call to call: MergeState of ``mla_decode_merge.cuh``."""
+
+LINE_BYTES = 512
+STRIP_LINES = 32
+STRIP_WEIGHTS_BYTES = 256
+"""A strip as ``mla_decode_partial.cuh`` keeps it: lines, half as many if in fp16, and weights."""
 
 SHARED_BASE = 1024
 """Where a block's dynamic shared memory begins: behind what the driver reserves on Hopper."""
 
-DECODE_SHARED_BYTES = 231_424
+DECODE_SHARED_BYTES = 232_448
 """sizeof(Shared) in mla_decode.cuh; the kernel asserts it."""
 
 
@@ -44,15 +57,15 @@ class CostModel:
 
     segment: every piece of a request: load the query tile, fill the pipeline, write an output.
     piece: a piece of a cut request, on top: its output is float32 and goes to the workspace.
-    merge: any cut at all: the combine kernel has work.
-    merge_longest: the same, for each piece of the most divided request.
-    merge_cut: the same, for each cut, in 1/16 of the unit of the others.
+    merge: any cut at all: pieces are waited for and merged.
+    merge_longest: the same, for each piece of the most divided request, in 1/16 of the unit.
+    merge_cut: the same, for each cut, in 1/16 of the unit.
     """
 
     segment: int = 32
     piece: int = 16
     merge: int = 24
-    merge_longest: int = 1
+    merge_longest: int = 16
     merge_cut: int = 8
 
 
@@ -61,23 +74,23 @@ DECODE_PARAMS = ParamStruct(
     (
         ("TensorMap", "k_map"),  # k_cache as (head_dim, page, kv head, page number)
         ("const u16*", "q"),  # [batch, seq_len_q, heads_q, head_dim]
+        ("u16*", "out"),  # [batch, seq_len_q, heads_q, head_dim_v]
+        ("float*", "lse"),  # [batch, heads_q, seq_len_q], natural logarithm
+        ("const int*", "block_table"),  # [batch, max_blocks]
+        ("const int*", "cache_seqlens"),  # [batch]
+        ("const int*", "plan"),  # [parts, 8]
+        ("void*", "partials"),  # [heads_k, row block, 2 * parts, strip], of mla_decode_partial.cuh
+        ("void*", "merge_states"),  # [heads_k, row block, 2 * parts], of mla_decode_merge.cuh
         ("i64", "q_stride_batch"),  # strides count elements
         ("i64", "q_stride_seq"),
         ("i64", "q_stride_head"),
-        ("u16*", "out"),  # [batch, seq_len_q, heads_q, head_dim_v]
         ("i64", "out_stride_batch"),
         ("i64", "out_stride_seq"),
         ("i64", "out_stride_head"),
-        ("float*", "lse"),  # [batch, heads_q, seq_len_q], natural logarithm
         ("i64", "lse_stride_batch"),
         ("i64", "lse_stride_head"),
         ("i64", "lse_stride_seq"),
-        ("const int*", "block_table"),  # [batch, max_blocks]
         ("i64", "block_table_stride"),
-        ("const int*", "cache_seqlens"),  # [batch]
-        ("const int*", "plan"),  # [parts, 8]
-        ("float*", "partial_out"),  # [2 * parts, heads_k * rows_per_group, head_dim_v]
-        ("float*", "partial_lse"),  # [2 * parts, heads_k * rows_per_group], base 2
         ("int", "batch"),
         ("int", "seq_len_q"),
         ("int", "heads_k"),
@@ -89,29 +102,6 @@ DECODE_PARAMS = ParamStruct(
         ("int", "q_is_aligned"),  # every row begins at a multiple of 16 bytes
         ("int", "out_is_aligned"),
         ("float", "scale_log2"),  # softmax_scale * log2(e)
-    ),
-)
-
-COMBINE_PARAMS = ParamStruct(
-    "MlaCombineParams",
-    (
-        ("u16*", "out"),
-        ("i64", "out_stride_batch"),
-        ("i64", "out_stride_seq"),
-        ("i64", "out_stride_head"),
-        ("float*", "lse"),
-        ("i64", "lse_stride_batch"),
-        ("i64", "lse_stride_head"),
-        ("i64", "lse_stride_seq"),
-        ("const int*", "plan"),
-        ("const float*", "partial_out"),
-        ("const float*", "partial_lse"),
-        ("int", "batch"),
-        ("int", "num_parts"),
-        ("int", "heads_k"),
-        ("int", "heads_per_group"),
-        ("int", "rows_per_group"),
-        ("int", "out_is_aligned"),
     ),
 )
 

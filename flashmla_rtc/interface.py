@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, backends, checks, messages, metadata, reference, sm90
+from . import arrays, backends, checks, messages, metadata, recorded, reference, sm90
 from .arrays import View
 
 
@@ -66,6 +66,33 @@ def flash_mla_with_kvcache(
             expected. Nothing has been launched.
         NotImplementedError: a feature that is not there yet, by name.
     """
+    key = None
+    if (
+        is_fp8_kvcache is False
+        and indices is None
+        and attn_sink is None
+        and extra_k_cache is None
+        and extra_indices_in_kvcache is None
+        and topk_length is None
+        and extra_topk_length is None
+    ):
+        key = recorded.key_of(
+            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, out, lse
+        )
+        if key is not None:
+            done = recorded.launch_again(
+                key,
+                q,
+                k_cache,
+                block_table,
+                cache_seqlens,
+                tile_scheduler_metadata,
+                num_splits,
+                out,
+                lse,
+            )
+            if done is not None:
+                return done
     checks.reject_unsupported(
         is_fp8_kvcache=is_fp8_kvcache,
         indices=indices,
@@ -115,9 +142,12 @@ def flash_mla_with_kvcache(
         lse_shape = (shape.batch, shape.heads_q, shape.seq_len_q)
         lse_view = arrays.view(arrays.empty(q_view, lse_shape, "float32"), "lse")
     if shape.batch > 0:
-        sm90.decode(
+        launched = sm90.decode(
             shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
         )
+        if key is not None and not checks.validation_enabled():
+            made_for = metadata.made_for(shape, q_view.device)
+            recorded.note(key, launched, k_cache, tile_scheduler_metadata, num_splits, made_for)
     return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import arrays, backends, checks, schedule, sm90
-from .arrays import View
+from .arrays import Device, View
 from .checks import DecodeShape
 
 # A CPU works through requests one after the other: one part.
@@ -39,7 +39,7 @@ class FlashMLASchedMeta:
         Raises:
             ValueError: the plan was made for another batch, seq_len_q, head count or device.
         """
-        now = (shape.batch, shape.seq_len_q, shape.heads_q, shape.heads_k, cache_seqlens.device)
+        now = made_for(shape, cache_seqlens.device)
         if self.tile_scheduler_metadata is None:
             self.tile_scheduler_metadata, self.num_splits = make_plan(
                 cache_seqlens, shape.rows_per_group, shape.heads_k
@@ -57,6 +57,11 @@ class FlashMLASchedMeta:
             )
         self._used, self._made_for = self.tile_scheduler_metadata, now
         return self.tile_scheduler_metadata
+
+
+def made_for(shape: DecodeShape, device: Device) -> tuple[Any, ...]:
+    """What the calls that share a :class:`FlashMLASchedMeta` must agree in."""
+    return shape.batch, shape.seq_len_q, shape.heads_q, shape.heads_k, device
 
 
 def num_parts(cache_seqlens: View, rows_per_group: int, heads_k: int) -> int:

@@ -33,14 +33,13 @@ def planned_blocks(cache_seqlens: np.ndarray) -> np.ndarray:
 
 
 # Measured on an H100, in microseconds (docs/performance.md): a block of keys when every SM streams,
-# with one row block and with two or more; what surrounds a piece of `fill` rows of 64; the combine
-# kernel.
-_BLOCK_US = (3.3, 2.0)
+# with one row block and with two or more; what surrounds a piece of `fill` rows of 64; the merge.
+_BLOCK_US = (3.3, 1.9)
 _SEGMENT_US = (3.0, 3.0)  # constant, and for a full tile
-_PIECE_US = (0.5, 3.0)
+_PIECE_US = (1.0, 4.5)
 _MERGE_US = 4.0
-_MERGE_LONGEST_US = 0.05
-_MERGE_ROW_US = 0.001
+_MERGE_LONGEST_US = 0.02
+_MERGE_ROW_US = 0.0
 
 
 @functools.cache
@@ -52,7 +51,7 @@ def cost_model(rows_per_group: int, heads_k: int) -> CostModel:
         segment=round((_SEGMENT_US[0] + fill * _SEGMENT_US[1]) / unit),
         piece=round((_PIECE_US[0] + fill * _PIECE_US[1]) / unit),
         merge=round(_MERGE_US / unit),
-        merge_longest=max(round(_MERGE_LONGEST_US / unit), 1),
+        merge_longest=round(16 * _MERGE_LONGEST_US / unit),
         merge_cut=round(16 * _MERGE_ROW_US * rows_per_group * heads_k / unit),
     )
 
@@ -102,7 +101,8 @@ class _Planner:
         first = self.prefix[request] * parts // line + 1
         most_pieces = int(np.where(inside, np.arange(parts + 1) - first + 2, 0).max())
         model = self.model
-        merge = model.merge + model.merge_longest * most_pieces + model.merge_cut * cuts // 16
+        by_size = model.merge_longest * most_pieces + model.merge_cut * cuts
+        merge = model.merge + by_size // 16
         return int(cost.max()) + merge
 
     def candidate(self, index: int) -> tuple[int, int]:

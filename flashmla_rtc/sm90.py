@@ -1,17 +1,20 @@
-"""The Hopper backend: planner, decode and combine kernels, on the caller's arrays and stream."""
+"""The Hopper backend: planner and decode kernels, on the caller's arrays and stream."""
 
 from __future__ import annotations
 
 import functools
 import math
 import threading
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from . import arrays, geometry, schedule, variants, workspace
 from .arrays import View
 from .checks import DecodeShape
 from .geometry import CostModel
-from .rtc.kernel import DriverError, KernelTable, device_facts, on_device
+from .rtc.compiler import compile_kernel
+from .rtc.kernel import DriverError, KernelTable, LoadedKernel, device_facts, on_device
 from .rtc.launch import Launcher
 from .rtc.tensor_map import tiled_map
 
@@ -20,13 +23,24 @@ _SUFFIX = {"bfloat16": "bf16", "float16": "fp16"}
 # A scale of 0 would turn the -inf of a masked score into NaN. This one gives the same results: no
 # product of 16-bit floats that the float32 sums of a score can hold is moved by it.
 _LEAST_SCALE = 1e-42
-# Thread blocks of the combine kernel a SM; each takes work until there is none.
-_COMBINE_BLOCKS_A_SM = 6
+
+
+class Launched(NamedTuple):
+    """A launch of the decode kernel: how, and with which parameters by name."""
+
+    kernel: Launcher
+    grid: tuple[int, int, int]
+    stream: int
+    captured: bool
+    values: dict[str, Any]
+
+
+replacements = 0
+"""How often a kernel was replaced by another: notes of launches made before are out of date."""
 
 _table = KernelTable()
 _launchers: dict[tuple[str, int], Launcher] = {}
 _lock = threading.Lock()
-_launch_lock = threading.Lock()
 
 
 def launcher(name: str, device: int) -> Launcher:
@@ -47,6 +61,24 @@ def launcher(name: str, device: int) -> Launcher:
         return _launchers.setdefault(
             (name, device), Launcher(loaded, variant.params, variant.threads)
         )
+
+
+@contextmanager
+def standing_in(variant: variants.Variant, name: str, device: int) -> Iterator[LoadedKernel]:
+    """Launch ``variant`` for a while wherever the kernel called ``name`` is asked for on
+    ``device``: the way of tools that look into a kernel. Not for use beside other threads' calls.
+    """
+    global replacements
+    before = launcher(name, device)
+    kernel = compile_kernel(variant.source(), may_spill=True)
+    loaded = LoadedKernel(kernel, device, variant.dynamic_smem_bytes)
+    _launchers[name, device] = Launcher(loaded, variant.params, variant.threads)
+    replacements += 1
+    try:
+        yield loaded
+    finally:
+        _launchers[name, device] = before
+        replacements += 1
 
 
 def _check_shared_memory(device: int) -> None:
@@ -118,7 +150,7 @@ def decode(
     causal: bool,
     out: View,
     lse: View,
-) -> None:
+) -> Launched:
     """Decode into ``out`` and ``lse`` by the plan ``metadata``, on the caller's current stream.
 
     Everything has been checked. Shapes and dtypes as in ``flash_mla_with_kvcache``.
@@ -127,18 +159,17 @@ def decode(
     parts = metadata.shape[0]
     rows = shape.rows_per_group
     stream = arrays.current_stream(q)
-    facts = device_facts(device)
     with on_device(device):
-        suffix = _SUFFIX[shape.dtype]
-        decode_kernel = launcher(f"mla_decode_{suffix}", device)
-        combine_kernel = launcher(f"mla_combine_{suffix}", device)
-        partial_out, partial_lse, keep_alive = (
-            workspace.partials(q, facts.num_sms, stream, workspace.capture_of(stream))
-            if parts > 1
-            else (0, 0, None)
-        )
-        out_aligned = _rows_aligned(out)
-        common = {
+        kernel = launcher(f"mla_decode_{_SUFFIX[shape.dtype]}", device)
+        capture = workspace.capture_of(stream)
+        places = workspace.layout(device_facts(device).num_sms, rows, shape.dtype)
+        room = workspace.room(q, places, stream, capture) if parts > 1 else workspace.NOTHING
+        values = {
+            "k_map": _cache_map(shape, k_cache, metadata),
+            "q": q.pointer,
+            "q_stride_batch": q.strides[0],
+            "q_stride_seq": q.strides[1],
+            "q_stride_head": q.strides[2],
             "out": out.pointer,
             "out_stride_batch": out.strides[0],
             "out_stride_seq": out.strides[1],
@@ -147,44 +178,28 @@ def decode(
             "lse_stride_batch": lse.strides[0],
             "lse_stride_head": lse.strides[1],
             "lse_stride_seq": lse.strides[2],
-            "plan": metadata.pointer,
-            "partial_out": partial_out,
-            "partial_lse": partial_lse,
-            "batch": shape.batch,
-            "heads_k": shape.heads_k,
-            "heads_per_group": shape.heads_per_group,
-            "rows_per_group": rows,
-            "out_is_aligned": out_aligned,
-        }
-        decode_values = {
-            **common,
-            "k_map": _cache_map(shape, k_cache, metadata),
-            "q": q.pointer,
-            "q_stride_batch": q.strides[0],
-            "q_stride_seq": q.strides[1],
-            "q_stride_head": q.strides[2],
             "block_table": block_table.pointer,
             "block_table_stride": block_table.strides[0],
             "cache_seqlens": cache_seqlens.pointer,
+            "plan": metadata.pointer,
+            "partials": room.address + places.partials,
+            "merge_states": room.address,
+            "batch": shape.batch,
             "seq_len_q": shape.seq_len_q,
+            "heads_k": shape.heads_k,
+            "heads_per_group": shape.heads_per_group,
+            "rows_per_group": rows,
             "num_blocks": shape.num_blocks,
             "max_blocks": shape.max_blocks,
             "causal": causal,
             "q_is_aligned": _rows_aligned(q),
+            "out_is_aligned": _rows_aligned(out),
             "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
         }
         grid = (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts)
-        # Two threads may share a stream and so a workspace: nothing may come between the two.
-        with _launch_lock:
-            decode_kernel.launch(grid, stream, decode_values)
-            if parts > 1:
-                combine_kernel.launch(
-                    (facts.num_sms * _COMBINE_BLOCKS_A_SM, 1, 1),
-                    stream,
-                    {**common, "num_parts": parts},
-                )
+        kernel.launch(grid, stream, values)
         _keep_inputs(stream, q, k_cache, block_table, cache_seqlens, metadata)
-    del keep_alive
+    return Launched(kernel, grid, stream, bool(capture), values)
 
 
 def _keep_inputs(stream: int, *views: View) -> None:

@@ -24,6 +24,7 @@ _LAUNCHING_PYTHON = (
     "geometry.py",
     "interface.py",
     "metadata.py",
+    "recorded.py",
     "schedule.py",
     "sm90.py",
     "variants.py",
@@ -96,22 +97,10 @@ def _decode(dtype: str, element: str) -> Variant:
             ("int", "SHARED_BYTES", geometry.DECODE_SHARED_BYTES),
             ("u32", "SHARED_BASE", geometry.SHARED_BASE),
             ("u32", "TRAP_AFTER_SPINS", TRAP_AFTER_SPINS),
-        ),
-    )
-
-
-def _combine(dtype: str, element: str) -> Variant:
-    return Variant(
-        f"mla_combine_{dtype}",
-        "mla_combine.cuh",
-        "mla_combine",
-        geometry.COMBINE_PARAMS,
-        geometry.COMBINE_THREADS,
-        element=element,
-        constants=(
-            ("int", "HEAD_DIM_V", geometry.HEAD_DIM_V),
-            ("int", "COMBINE_THREADS", geometry.COMBINE_THREADS),
+            ("u32", "MERGE_PATIENCE", geometry.MERGE_PATIENCE),
+            ("int", "TILE_STATE_BYTES", geometry.TILE_STATE_BYTES),
             ("int", "MAX_PARTS", geometry.MAX_PARTS),
+            ("int", "TRACE_EVENTS", 0),
         ),
     )
 
@@ -140,8 +129,6 @@ def default_variants() -> tuple[Variant, ...]:
     return (
         _decode("bf16", "Bf16"),
         _decode("fp16", "Fp16"),
-        _combine("bf16", "Bf16"),
-        _combine("fp16", "Fp16"),
         _schedule(),
     )
 

@@ -1,52 +1,92 @@
-"""Memory for partial results, kept per device and stream and used again by every call on it."""
+"""Memory for pieces of cut requests, kept per device and stream and used again by every call on it.
+
+It is zero at first, and what a call leaves there tells the next what is new
+(``kernels/mla_decode_partial.cuh``).
+"""
 
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from . import arrays, geometry
 from .arrays import View
-from .rtc.kernel import allowed_while_capturing, call
+from .rtc.kernel import allowed_while_capturing, call, driver, on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Address and bytes of a workspace, and the array that it belongs to (None: to the process)."""
+
+    address: int
+    size: int
+    owner: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a call divides its workspace: ``size`` bytes, the strips from byte ``partials`` on.
+
+    Calls of one ``kind`` give every byte the same meaning, whatever their plans, and can share one.
+    """
+
+    kind: tuple[int, bool]
+    partials: int
+    size: int
+
+
+NOTHING = Workspace(0, 0, None)
+"""For a plan of one part, which cuts nothing."""
 
 _lock = threading.Lock()
-# By library, device, stream and capture (0: eager calls).
-_kept: dict[tuple[str, int, int, int], tuple[Any, Any]] = {}
-# Plans that a graph of a library without memory pools of its own for graphs uses again.
-_captured: list[tuple[Any, ...]] = []
+_PER_THREAD = 2
+_Key = tuple[str, int, int, int, tuple[int, bool], int]
+# By library, device, stream, thread where that matters, kind, and capture (0: eager calls).
+_kept: dict[_Key, Workspace] = {}
+# What graphs of libraries without memory pools of their own for graphs use again.
+_captured: list[Any] = []
 
 
-def pieces(num_sms: int) -> int:
-    """Rows of partial results that any call on a device with ``num_sms`` SMs can need.
+def layout(num_sms: int, rows_per_group: int, dtype: str) -> Layout:
+    """For calls with these rows: states of tiles, then their strips.
 
-    A plan of p parts has 2 p slots of ``heads_k * rows`` rows, and p * heads_k * ceil(rows / 64)
-    never exceeds the SMs when p > 1.
+    A plan of p parts has 2 p tiles for each KV head and block of 64 rows, and p * heads_k *
+    ceil(rows / 64) never exceeds the SMs when p > 1.
     """
-    return 2 * num_sms * geometry.BLOCK_ROWS
+    tiles = 2 * num_sms
+    strips = min(-(-rows_per_group // 16) * 2, geometry.TILE_STRIPS)
+    in_halves = dtype == "bfloat16" and strips == geometry.TILE_STRIPS
+    lines = geometry.STRIP_LINES // 2 if in_halves else geometry.STRIP_LINES
+    strip_bytes = lines * geometry.LINE_BYTES + geometry.STRIP_WEIGHTS_BYTES
+    states = tiles * geometry.TILE_STATE_BYTES
+    return Layout((strips, in_halves), states, states + tiles * strips * strip_bytes)
 
 
-def partials(like: View, num_sms: int, stream: int, capture: int) -> tuple[int, int, Any]:
-    """Addresses of ``partial_out`` and ``partial_lse`` for a call on ``stream``, and their owner.
+def room(like: View, places: Layout, stream: int, capture: int) -> Workspace:
+    """The workspace for a call on ``stream``.
 
-    Eager calls on one stream (``capture`` 0) share one workspace: they run one after the other.
-    While a torch stream is captured, memory comes from the graph's own pool. The calls of a
-    captured graph of any other library share a workspace that is kept for the life of the process,
-    since the graph may be replayed at any time, beside anything.
+    Eager calls on one stream (``capture`` 0) share one: they run one after the other. So do the
+    calls that one stream captures. What torch captures lies in the graph's own pool, and the graph
+    sets it to zero at every replay, since others may use the pool in between; what others share is
+    kept for the life of the process.
     """
-    library = "torch" if like.library == "torch" else "cupy"
-    if library == "torch" and capture:
-        out, lse = kept = _allocate(like, pieces(num_sms))
-        return out.data_ptr(), lse.data_ptr(), kept
-    key = (library, like.device.index, stream, capture)
+    library = "torch" if like.library == "torch" else "other"
+    # The per-thread default stream has one handle for as many streams as there are threads.
+    thread = threading.get_ident() if stream == _PER_THREAD else 0
+    key = (library, like.device.index, stream, thread, places.kind, capture)
     found = _kept.get(key)
     if found is None:
-        with allowed_while_capturing() if capture else nullcontext():
-            made = _allocate(like, pieces(num_sms))
+        make = _from_torch if library == "torch" else _lasting
+        made = make(like, places.size, stream)
         with _lock:
             found = _kept.setdefault(key, made)
-    out, lse = found
-    return arrays.pointer(out), arrays.pointer(lse), found
+            if library == "torch" and capture:  # this stream's earlier captures are over
+                for old in [k for k in _kept if k[:4] == key[:4] and k[5] not in (0, capture)]:
+                    del _kept[old]
+    return found
 
 
 def keep_while_captured(like: View, stream: int, *made: Any) -> None:
@@ -70,8 +110,28 @@ def capture_of(stream: int) -> int:
     return int(call("cuStreamGetCaptureInfo", stream)[1])
 
 
-def _allocate(like: View, rows: int) -> tuple[Any, Any]:
-    return (
-        arrays.empty(like, (rows, geometry.HEAD_DIM_V), "float32"),
-        arrays.empty(like, (rows,), "float32"),
-    )
+def _from_torch(like: View, size: int, stream: int) -> Workspace:
+    array = arrays.empty(like, (size,), "uint8")
+    address = arrays.pointer(array)
+    call("cuMemsetD8Async", address, 0, size, stream)
+    return Workspace(address, size, array)
+
+
+def _lasting(like: View, size: int, _: int) -> Workspace:
+    """Memory that is never given back, outside of any pool and of a graph that is captured."""
+    device = like.device.index
+    with on_device(device), allowed_while_capturing(), _private_stream() as stream:
+        address = int(call("cuMemAlloc", size))
+        call("cuMemsetD8Async", address, 0, size, stream)
+        call("cuStreamSynchronize", stream)
+    return Workspace(address, size, None)
+
+
+@contextmanager
+def _private_stream() -> Iterator[Any]:
+    """A stream that waits for no other: the caller's may be under capture."""
+    stream = call("cuStreamCreate", int(driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
+    try:
+        yield stream
+    finally:
+        call("cuStreamDestroy", stream)

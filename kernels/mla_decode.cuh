@@ -10,49 +10,43 @@
 //   right      scores and probabilities of the odd  blocks, and output columns 256..511
 //
 // The 64 x 512 float32 output fills half a register file, so only one fits; left and right hold a half each, and both
-// need the probabilities of every block (a simplification of "seesaw", FlashMLA's write-up of 2025-04-22, in which each
-// side multiplies its own block first and P0 has to be rescaled by the maximum of both). For a pair of blocks 0 and 1:
+// need the probabilities of every block ("seesaw", FlashMLA's write-up of 2025-04-22). For a pair of blocks 0 and 1:
 //
 //   left                                            right
 //   S0 = Q K0^T                                     S1 = Q K1^T
-//   m0 = max(m, S0), P0 = 2^(S0 - m0)   -- P0, m0 -->
-//   O_L = O_L 2^(m - m0) + P0 V0_L                  O_R = O_R 2^(m - m0) + P0 V0_R
-//                                       <-- P1, m1 --  m1 = max(m0, S1), P1 = 2^(S1 - m1)
-//   O_L = O_L 2^(m0 - m1) + P1 V1_L                 O_R = O_R 2^(m0 - m1) + P1 V1_R
+//   P0 = 2^(S0 - m)                                 P1 = 2^(S1 - m)
+//   O_L += P0 V0_L                -- P0 -->         O_R += P1 V1_R
+//   O_L += P1 V1_L               <-- P1 --          O_R += P0 V0_R
 //
-// The sides run half a pair apart: left's softmax runs under S1, right's under the products with V0. K lives in two
-// slots of nine 64 x 64 boxes with a barrier each, so S starts with the first box that lands, and boxes are refilled as
-// soon as their last reader is done: box 8 (rope, no value) after S, boxes 0..3 (V_L) after left's product, boxes 4..7
-// (V_R) after right's.
+// m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum, so both sides
+// go on with the same one, and neither waits for the other before its own product. A side whose block exceeds m by more
+// than 2^RANGE raises it for that block, to the block's maximum, and rescales its half of the output; the other side
+// learns of it with P, and both go on from the higher of the two (`take_over`). Right begins with left's first.
+//
+// K lives in two slots of nine 64 x 64 boxes with a barrier each, so S starts with the first box that lands, and boxes are
+// refilled as soon as their last reader is done: box 8 (rope, no value) after S, boxes 0..3 (V_L) after left's product,
+// boxes 4..7 (V_R) after right's.
 //
 // Who reads what, and why no barrier is missing:
-//   P0, row_max[0]: left -> right   written before p_ready[0]. Left writes again after its next S0, for which it needs K boxes
-//                                   that right's product P0 V0_R had to free first.
-//   P1, row_max[1]: right -> left   written before p_ready[1]. Left awaits its product P1 V1_L before it arrives at the next
-//                                   p_ready[0], and right writes again after that.
-//   Q's rope box                    P1 takes its place. Both sides load it into registers before their first P, and right
-//                                   writes its first P1 after left's first p_ready[0].
-//   row_sum                         written before sums_ready, read after it, written again after a p_ready of the next piece
-//                                   at which the reader arrived.
+//   P0, row_reference[0]: left -> right   written before p_ready[0]. Left writes again after its next S0, for which it needs
+//                                   K boxes that right's product P0 V0_R had to free first.
+//   P1, row_reference[1]: right -> left   the same, mirrored. The reader alone reads P from shared memory (the writer has it in
+//                                   registers) and may rescale it there.
+//   Q's rope box                    P1 takes its place, once both sides have loaded it into registers (q_in_registers).
+//   row_sum                         written before sums_ready, read after it. Pieces take turns with two copies: who writes one
+//                                   again has waited for the sums_ready in between, at which the reader arrived.
 #include "mla_decode_block.cuh"
 #include "mla_decode_load.cuh"
+#include "mla_decode_merge.cuh"
 #include "mla_decode_store.cuh"
 #include "mla_plan.cuh"
+#include "mla_decode_trace.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace {
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
-}
 
 // One arrival a warp: all its lanes are done with the boxes.
 __device__ __forceinline__ void release(u64& barrier, const Place& place) {
@@ -108,6 +102,7 @@ __device__ __forceinline__ void start_output(float (&output)[128], u32 p_offset)
 template <int SIDE>
 __device__ __forceinline__ void clean_values(Shared& shared, int first_key) {
     named_barrier_sync(ONE_SIDE + SIDE, WARPGROUP);  // every warp has its scores
+#pragma unroll 1
     for (int i = threadIdx.x % WARPGROUP; i < (KEYS - first_key) * VALUE_BOXES * 8; i += WARPGROUP) {
         const int key = first_key + i / (VALUE_BOXES * 8), chunk = i % (VALUE_BOXES * 8);
         uint4* words = reinterpret_cast<uint4*>(shared.k[SIDE][chunk / 8] + box_offset(key, chunk % 8));
@@ -138,43 +133,42 @@ __device__ __forceinline__ void mask_scores(
     if (valid) clean_values<SIDE>(shared, clamp(limit_min - first_key, 0, KEYS));
 }
 
-__device__ __forceinline__ void row_maxima(const float (&scores)[32], float (&maximum)[2]) {
+// The reference for a block's scores: the one so far, unless they exceed it by more than 2^RANGE. A rounded probability
+// is as exact above 1 as below, and the headroom keeps a maximum that creeps up from costing a rescale.
+__device__ __forceinline__ float block_reference(const float (&scores)[32], int half, float reference, float scale) {
+    float m = fmaxf(scores[half * 2], scores[half * 2 + 1]);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float m = fmaxf(scores[half * 2], scores[half * 2 + 1]);
+    for (int i = 4; i < 32; i += 4) m = fmaxf(m, fmaxf(scores[i + half * 2], scores[i + half * 2 + 1]));
+    m = quad_max(m);
+    return (m - reference) * scale > RANGE ? m : reference;
+}
+
+// scores -> 2^(scale * (scores - reference)).
+__device__ __forceinline__ void exponentiate(float (&scores)[32], int half, float reference, float scale) {
+    const float shift = reference * scale;
 #pragma unroll
-        for (int i = 4; i < 32; i += 4) m = fmaxf(m, fmaxf(scores[i + half * 2], scores[i + half * 2 + 1]));
-        maximum[half] = fmaxf(maximum[half], quad_max(m));
+    for (int i = half * 2; i < 32; i += 4) {
+        scores[i] = exp2_approx(fmaf(scores[i], scale, -shift));
+        scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale, -shift));
     }
 }
 
-// scores -> 2^(scale * (scores - maximum)), and this thread's share of the row sums.
-__device__ __forceinline__ void exponentiate(
-    float (&scores)[32], const float (&maximum)[2], float scale, float (&sum)[2]) {
+// This thread's share of the sums of its two rows.
+__device__ __forceinline__ void add_to_sums(const float (&p)[32], float (&sum)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float shift = maximum[half] * scale;
-        float s = 0.0f;
+        float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-#pragma unroll
-            for (int j = i + half * 2; j < i + half * 2 + 2; j++) {
-                scores[j] = exp2_approx(fmaf(scores[j], scale, -shift));
-                s += scores[j];
-            }
+        for (int i = half * 2; i < 32; i += 4) {
+            even += p[i];
+            odd += p[i + 1];
         }
-        sum[half] += s;
+        sum[half] += even + odd;
     }
 }
 
-// Whether any row of the warp has a factor other than 1.
-__device__ __forceinline__ bool any_change(const float (&factor)[2]) {
-    return __any_sync(0xFFFFFFFF, factor[0] != 1.0f || factor[1] != 1.0f);
-}
-
-// Multiplies rows by their factors; most of the time no maximum in the warp has moved and there is nothing to do.
+// Multiplies rows of the output, and their sums, by their factors.
 __device__ __forceinline__ void rescale(float (&output)[128], float (&sum)[2], const float (&factor)[2]) {
-    if (!any_change(factor)) return;
     sum[0] *= factor[0];
     sum[1] *= factor[1];
 #pragma unroll
@@ -187,143 +181,261 @@ __device__ __forceinline__ void pack_probabilities(const float (&scores)[32], u3
     for (int i = 0; i < K_STEPS * 4; i++) p[i / 4][i % 4] = pack2<Element>(scores[i * 2], scores[i * 2 + 1]);
 }
 
-// Waits for the other side's P and goes over to the maximum that it is relative to.
-template <int OTHER>
-__device__ __forceinline__ void take_over_maximum(const Shared& shared, const Place& place, u32 parity, float scale,
-    float (&maximum)[2], float (&output)[128], float (&sum)[2]) {
-    wait(shared.p_ready[OTHER], parity);
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float read = place.leads_quad() ? shared.row_max[OTHER][place.row(half)] : 0.0f;
-        const float now = __shfl_sync(0xFFFFFFFF, read, 0, 4);  // from the lane that leads the quad
-        factor[half] = exp2_approx((maximum[half] - now) * scale);
-        maximum[half] = now;
-    }
-    rescale(output, sum, factor);
-}
-
 // Writes this warp's 16 rows of P to a box, for the tensor cores to read.
 __device__ __forceinline__ void store_probabilities(u8* box, const u32 (&p)[K_STEPS][4], const Place& place) {
+    const u32 matrices = place.matrices(box);
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) store_matrix_x4(place.matrix(box, step), p[step]);
+    for (int step = 0; step < K_STEPS; step++) store_matrix_x4(place.matrix(matrices, step), p[step]);
     fence_async_shared();
 }
 
+// Multiplies this warp's 16 rows of P by their factors, where they lie.
+__device__ __forceinline__ void rescale_probabilities(u8* box, const float (&factor)[2], const Place& place) {
+    const u32 matrices = place.matrices(box);
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) {
+        u32 p[4];
+        load_matrix_x4(p, place.matrix(matrices, step));
+#pragma unroll
+        for (int i = 0; i < 4; i++) p[i] = scale2<Element>(p[i], factor[i % 2]);
+        store_matrix_x4(place.matrix(matrices, step), p);
+    }
+    fence_async_shared();
+}
+
+// The references of the other side's P, once it is there.
+template <int OTHER>
+__device__ __forceinline__ void read_references(Shared& shared, const Place& place, u32 parity, float (&reference)[2]) {
+    wait(shared.p_ready[OTHER], parity);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float read = place.leads_quad() ? shared.row_reference[OTHER][place.row(half)] : 0.0f;
+        reference[half] = __shfl_sync(0xFFFFFFFF, read, 0, 4);  // from the lane that leads the quad
+    }
+}
+
+// Waits for the other side's P. Brings it, the output and the sums to the higher of the references of both.
+template <int OTHER>
+__device__ __forceinline__ void take_over(Shared& shared, const Place& place, u32 parity, float scale,
+    float (&reference)[2], float (&output)[128], float (&sum)[2]) {
+    float theirs[2];
+    read_references<OTHER>(shared, place, parity, theirs);
+    if (__any_sync(0xFFFFFFFF, theirs[0] != reference[0] || theirs[1] != reference[1])) {
+        const float common[2] = {fmaxf(reference[0], theirs[0]), fmaxf(reference[1], theirs[1])};
+        const float for_us[2] = {exp2_approx((reference[0] - common[0]) * scale),
+                                 exp2_approx((reference[1] - common[1]) * scale)};
+        const float for_them[2] = {exp2_approx((theirs[0] - common[0]) * scale),
+                                   exp2_approx((theirs[1] - common[1]) * scale)};
+        rescale(output, sum, for_us);
+        rescale_probabilities(OTHER == LEFT ? shared.p0 : shared.q[ROPE_BOX], for_them, place);
+        reference[0] = common[0];
+        reference[1] = common[1];
+    }
+    named_barrier_sync(ONE_SIDE + (OTHER ^ 1), WARPGROUP);  // P is whole, rescaled or not
+}
+
+// O += P V for the other side's block.
 template <int SIDE>
-__device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& shared, int first_row) {
-    const Place place;
+__device__ __forceinline__ void multiply_other(Shared& shared, const Place& place, u32 parity, float scale,
+    float (&reference)[2], float (&output)[128], float (&sum)[2]) {
+    constexpr int OTHER = SIDE ^ 1;
+    take_over<OTHER>(shared, place, parity, scale, reference, output, sum);
+    pin_registers(output);
+    wgmma_fence();
+    start_output<SIDE, OTHER>(output, SIDE == LEFT ? P1_OFFSET : P0_OFFSET);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin_registers(output);
+    release(shared.k_empty[OTHER][SIDE], place);
+}
+
+// Read again wherever it is asked: the consumers have no registers to keep it in.
+__device__ __forceinline__ Part part(const MlaDecodeParams& params, const Shared& shared) {
+    return Part(shared.plan_row, gridDim.z, params.batch);
+}
+
+// What a side works on: notes in shared memory, since there are no registers to keep it in.
+__device__ __forceinline__ const volatile Piece& piece_of(const Shared& shared, int side) { return shared.pieces[side]; }
+
+// Called by the whole side when all of it has read what was there.
+__device__ __forceinline__ void begin_piece(const MlaDecodeParams& params, Shared& shared, int side, int number, u32 parity) {
+    named_barrier_sync(ONE_SIDE + side, WARPGROUP);
+    if (here(threadIdx.x) % WARPGROUP == 0) {
+        volatile Piece& piece = shared.pieces[side];
+        const Part all = part(params, shared);
+        piece.request = number;
+        piece.parity = parity;
+        if (number <= all.last_request) {
+            const Request request(params, number, blockIdx.x * ROWS);
+            piece.length = request.length;
+            piece.limit_min = request.limit_min;
+            piece.first = all.first(number, request.blocks());
+            piece.last = all.last(number, request.blocks());
+        }
+    }
+    named_barrier_sync(ONE_SIDE + side, WARPGROUP);
+}
+
+// Parities of barriers that complete once a block of our side, a block of the other.
+struct Turns {
+    u32 own, other;
+};
+
+// One piece: its unnormalised output, and the sums of its probabilities.
+template <int SIDE>
+__device__ __forceinline__ void attend(const MlaDecodeParams& params, Shared& shared, int first_row, Turns& turns,
+    float (&output)[128], float (&reference)[2], float (&sum)[2], Trace& trace) {
+    const Place place(here(threadIdx.x));
     const float scale = params.scale_log2;
-    u8* const p1_box = shared.q[ROPE_BOX];
-    u32 piece_parity = 0, parity = 0;  // of barriers that complete once a piece, and once a pair of blocks
+    const volatile Piece& piece = piece_of(shared, SIDE);
+    const int last = piece.last;
 
-    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
-        const Request request(params, walk.request, first_row);
-        const int first = walk.first(request.blocks()), last = walk.last(request.blocks());
-        const int limit[2] = {Request::limit(params, request.length, first_row + place.row(0)),
-                              Request::limit(params, request.length, first_row + place.row(1))};
-        float output[128], maximum[2] = {NO_MAXIMUM, NO_MAXIMUM}, sum[2] = {0.0f, 0.0f};
+    u32 q_rope[K_STEPS][4];
+    wait(shared.q_full, piece.parity);
+    trace.mark(TRACE_Q);
+    const u32 matrices = place.matrices(shared.q[ROPE_BOX]);
 #pragma unroll
-        for (int i = 0; i < 128; i++) output[i] = 0.0f;
+    for (int step = 0; step < K_STEPS; step++) load_matrix_x4(q_rope[step], place.matrix(matrices, step));
+    __syncwarp();
+    if (place.lane == 0) mbarrier_arrive(shared_address(&shared.q_in_registers));
+    if (SIDE == RIGHT) wait(shared.q_in_registers, piece.parity);
 
-        if (first < last) {
-            u32 q_rope[K_STEPS][4];
-            wait(shared.q_full, piece_parity);
+    for (int pair = piece.first; pair < last; pair += 2) {  // the last may lack its second block, which is right's
+        const int block = pair + SIDE;
+        if (SIDE == LEFT || block < last) {
+            // 1. S of our own block.
+            float scores[32];
+            u32 p[K_STEPS][4];
+            pin_registers(scores);
+            start_scores<SIDE>(scores, shared, q_rope, turns.own);
+            wgmma_commit();
+            const bool valid = __shfl_sync(0xFFFFFFFF, place.lane == 0 ? shared.page_is_valid[SIDE] : 0, 0) != 0;
+            const int limit_min = piece.limit_min;
+            wgmma_wait<0>();
+            pin_registers(scores);
+            trace.mark(TRACE_SCORES);
+            release(shared.k_empty[SIDE][ROPE_BOXES_FREE], place);
+
+            // 2. Its probabilities, for both sides.
+            if (!valid || (block + 1) * KEYS > limit_min) {
+                const Place again(here(threadIdx.x));  // rather than keep what is rarely used
+                const int limit[2] = {Request::limit(params, piece.length, first_row + again.row(0)),
+                                      Request::limit(params, piece.length, first_row + again.row(1))};
+                mask_scores<SIDE>(scores, shared, again, limit, limit_min, block, valid);
+            }
+            if (SIDE == RIGHT && pair == piece.first) read_references<LEFT>(shared, place, turns.other, reference);
+            const float before[2] = {reference[0], reference[1]};
 #pragma unroll
-            for (int step = 0; step < K_STEPS; step++) load_matrix_x4(q_rope[step], place.matrix(shared.q[ROPE_BOX], step));
+            for (int half = 0; half < 2; half++) {
+                reference[half] = block_reference(scores, half, before[half], scale);
+                exponentiate(scores, half, reference[half], scale);
+            }
+            pack_probabilities(scores, p);
+            store_probabilities(SIDE == LEFT ? shared.p0 : shared.q[ROPE_BOX], p, place);
+            __syncwarp();
+            if (place.leads_quad()) {
+                shared.row_reference[SIDE][place.row(0)] = reference[0];
+                shared.row_reference[SIDE][place.row(1)] = reference[1];
+                mbarrier_arrive(shared_address(&shared.p_ready[SIDE]));
+            }
+            trace.mark(TRACE_P);
 
-            for (int block = first + SIDE; block - SIDE < last; block += 2) {
-                // 1. S of our own block. Right then multiplies the left block's P, and goes on under the product.
-                float scores[32];
-                u32 p[K_STEPS][4];
-                pin_registers(scores);
-                start_scores<SIDE>(scores, shared, q_rope, parity);
-                wgmma_commit();
-                wgmma_wait<0>();
-                pin_registers(scores);
-                if (SIDE == RIGHT) {
-                    take_over_maximum<LEFT>(shared, place, parity, scale, maximum, output, sum);
-                    pin_registers(output);
-                    wgmma_fence();
-                    start_output<RIGHT, LEFT>(output, P0_OFFSET);
-                    wgmma_commit();
-                }
-                const bool valid = __shfl_sync(0xFFFFFFFF, place.lane == 0 ? shared.page_is_valid[SIDE] : 0, 0) != 0;
-                release(shared.k_empty[SIDE][ROPE_BOXES_FREE], place);
-
-                // 2. The maximum with our block, P, and both for the other side.
-                if (!valid || (block + 1) * KEYS > request.limit_min) {
-                    mask_scores<SIDE>(scores, shared, place, limit, request.limit_min, block, valid);
-                }
-                const float before[2] = {maximum[0], maximum[1]};
-                row_maxima(scores, maximum);
-                const float factor[2] = {exp2_approx((before[0] - maximum[0]) * scale),
-                                         exp2_approx((before[1] - maximum[1]) * scale)};
-                float own_sum[2] = {0.0f, 0.0f};
-                exponentiate(scores, maximum, scale, own_sum);
-                pack_probabilities(scores, p);
-                store_probabilities(SIDE == LEFT ? shared.p0 : p1_box, p, place);
-                __syncwarp();
-                if (place.leads_quad()) {
-                    shared.row_max[SIDE][place.row(0)] = maximum[0];
-                    shared.row_max[SIDE][place.row(1)] = maximum[1];
-                    mbarrier_arrive(shared_address(&shared.p_ready[SIDE]));
-                }
-
-                // 3. The product with our own block's values.
-                if (SIDE == RIGHT) {
-                    wgmma_wait<0>();
-                    pin_registers(output);
-                    release(shared.k_empty[LEFT][RIGHT], place);
-                }
+            // 3. The product with our own block's values.
+            if (__any_sync(0xFFFFFFFF, reference[0] != before[0] || reference[1] != before[1])) {
+                const float factor[2] = {exp2_approx((before[0] - reference[0]) * scale),
+                                         exp2_approx((before[1] - reference[1]) * scale)};
                 rescale(output, sum, factor);
-                sum[0] += own_sum[0];
-                sum[1] += own_sum[1];
-                pin_registers(output);
-                wgmma_fence();
-                start_output<SIDE, SIDE>(output, p);
-                wgmma_commit();
-                wgmma_wait<0>();
-                pin_registers(output);
-                release(shared.k_empty[SIDE][SIDE], place);
-
-                // 4. Left multiplies the right block's P.
-                if (SIDE == LEFT) {
-                    take_over_maximum<RIGHT>(shared, place, parity, scale, maximum, output, sum);
-                    pin_registers(output);
-                    wgmma_fence();
-                    start_output<LEFT, RIGHT>(output, P1_OFFSET);
-                    wgmma_commit();
-                    wgmma_wait<0>();
-                    pin_registers(output);
-                    release(shared.k_empty[RIGHT][LEFT], place);
-                }
-                parity ^= 1;
             }
-            mbarrier_arrive(shared_address(&shared.q_empty));
-
-            // Each side has summed its own blocks' probabilities.
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                sum[half] = quad_sum(sum[half]);
-                if (place.leads_quad()) shared.row_sum[SIDE][place.row(half)] = sum[half];
-            }
-            mbarrier_arrive(shared_address(&shared.sums_ready));
-            wait(shared.sums_ready, piece_parity);
-            piece_parity ^= 1;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float read = place.leads_quad() ? shared.row_sum[SIDE ^ 1][place.row(half)] : 0.0f;
-                sum[half] += __shfl_sync(0xFFFFFFFF, read, 0, 4);
-            }
+            pin_registers(output);
+            wgmma_fence();
+            start_output<SIDE, SIDE>(output, p);
+            wgmma_commit();
+            add_to_sums(scores, sum);
+            wgmma_wait<0>();
+            pin_registers(output);
+            release(shared.k_empty[SIDE][SIDE], place);
+            turns.own ^= 1;
         }
 
-        const int rows = params.heads_k * params.rows_per_group;
-        const int slot = piece_slot(blockIdx.z, walk.begin_block == 0);
-        const Destination to = {walk.is_partial(),
-            static_cast<i64>(slot) * rows + blockIdx.y * params.rows_per_group + first_row, walk.request};
-        write_results<SIDE>(params, output, maximum, sum, place, first_row, to);
+        // 4. The product with the other block of the pair.
+        if (SIDE == RIGHT || pair + 1 < last) {
+            multiply_other<SIDE>(shared, place, turns.other, scale, reference, output, sum);
+            turns.other ^= 1;
+        }
+        trace.mark(TRACE_OUTPUT);
     }
+    mbarrier_arrive(shared_address(&shared.q_empty));
+}
+
+// Each side has summed its own blocks' probabilities; afterwards both have the sums of all.
+__device__ __forceinline__ void share_sums(Shared& shared, const Place& place, int side, u32 turn, float (&sum)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        sum[half] = quad_sum(sum[half]);
+        if (place.leads_quad()) shared.row_sum[turn][side][place.row(half)] = sum[half];
+    }
+    mbarrier_arrive(shared_address(&shared.sums_ready));
+    wait(shared.sums_ready, turn);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float read = place.leads_quad() ? shared.row_sum[turn][side ^ 1][place.row(half)] : 0.0f;
+        sum[half] += __shfl_sync(0xFFFFFFFF, read, 0, 4);
+    }
+}
+
+// Which merge a part's last work belongs to.
+__device__ __forceinline__ int last_end(const Part& part) {
+    return part.first_request == part.last_request && part.begin_block > 0 ? FRONT : BACK;  // front: a single piece
+}
+
+// The consumers merge the request that the part ends with a piece of, and depart from the merges that it has pieces in.
+__device__ __forceinline__ void finish_part(const MlaDecodeParams& params, Shared& shared) {
+    const Part at_first = part(params, shared);
+    if (at_first.first_request > at_first.last_request || (at_first.begin_block == 0 && !at_first.end_is_cut)) return;
+    Trace trace(TRACE_MERGING + threadIdx.x / WARPGROUP - 1, threadIdx.x % WARPGROUP == 0);
+    if (shared.merges[last_end(at_first)].pieces > 0) {
+        const int consumer = here(threadIdx.x) - WARPGROUP;
+        merge_share(params, shared, last_end(at_first), at_first.last_request, uniform(consumer / 32), consumer % 32, trace);
+    }
+    trace.mark(TRACE_WRITTEN);
+    named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);
+    const int consumer = here(threadIdx.x) - WARPGROUP, end = consumer / 32;
+    if (end > BACK || shared.merges[end].pieces == 0) return;  // a warp for the merge at each end
+    const Part at_last = part(params, shared);
+    depart(params, shared, end, end == FRONT ? at_last.first_request : at_last.last_request,
+           shared.left_task && end == last_end(at_last), consumer % 32);
+}
+
+// The two sides.
+__device__ __forceinline__ void consume(const MlaDecodeParams& params, Shared& shared) {
+    Trace trace(threadIdx.x / WARPGROUP - 1, threadIdx.x % WARPGROUP == 0);
+    Turns turns = {0, 0};
+    begin_piece(params, shared, threadIdx.x / WARPGROUP - 1, part(params, shared).first_request, 0);
+    while (piece_of(shared, here(threadIdx.x) / WARPGROUP - 1).request <= part(params, shared).last_request) {
+        float output[128], reference[2] = {NO_REFERENCE, NO_REFERENCE}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < 128; i++) output[i] = 0.0f;
+        if (threadIdx.x < 2 * WARPGROUP) {
+            attend<LEFT>(params, shared, blockIdx.x * ROWS, turns, output, reference, sum, trace);
+        } else {
+            attend<RIGHT>(params, shared, blockIdx.x * ROWS, turns, output, reference, sum, trace);
+        }
+        const int thread = here(threadIdx.x), side = thread / WARPGROUP - 1;
+        const Place place(thread);
+        const volatile Piece& piece = piece_of(shared, side);
+        share_sums(shared, place, side, piece.parity, sum);
+        trace.mark(TRACE_SUMS);
+        if (part(params, shared).is_partial(piece.request)) {
+            wait(shared.merges_found, 0);
+            const int end = part(params, shared).begin(piece.request) > 0 ? FRONT : BACK;
+            write_partial(params, shared, end, output, reference, sum, place, side);
+        } else {
+            write_output(params, output, reference, sum, place, side, blockIdx.x * ROWS, piece.request);
+        }
+        trace.mark(TRACE_WRITTEN);
+        begin_piece(params, shared, side, piece.request + 1, piece.parity ^ 1);
+    }
+    finish_part(params, shared);
 }
 
 }  // namespace
@@ -341,17 +453,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         tma_prefetch_map(&params.k_map);
         mbarrier_init(shared_address(&shared.q_full), Q_LOADERS);
         mbarrier_init(shared_address(&shared.q_empty), 2 * WARPGROUP);
+        mbarrier_init(shared_address(&shared.q_in_registers), 2 * WARPGROUP / 32);
         mbarrier_init(shared_address(&shared.sums_ready), 2 * WARPGROUP);
+        mbarrier_init(shared_address(&shared.merges_found), Q_LOADERS);
         for (int slot = 0; slot < 2; slot++) {
             for (int box = 0; box < BOXES; box++) mbarrier_init(shared_address(&shared.k_full[slot][box]), 1);
             for (int boxes = 0; boxes < 3; boxes++) mbarrier_init(shared_address(&shared.k_empty[slot][boxes]), 4);
             mbarrier_init(shared_address(&shared.p_ready[slot]), WARPGROUP / 4);  // lanes that lead a quad
         }
+        shared.left_task = 0;
         mbarrier_init_fence();
     }
-    __syncthreads();
     wait_for_previous_kernel();  // everything above overlaps the end of the kernel before this one
     launch_next_kernel();
+    if (threadIdx.x < PLAN_ROW_INTS) {
+        reinterpret_cast<int*>(&shared.plan_row)[threadIdx.x] = params.plan[blockIdx.z * PLAN_ROW_INTS + threadIdx.x];
+    }
+    __syncthreads();
 
     if (threadIdx.x < WARPGROUP) {
         shrink_registers<PRODUCER_REGISTERS>();
@@ -360,11 +478,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         } else {
             produce_q(params, shared, first_row);
         }
-    } else if (threadIdx.x < 2 * WARPGROUP) {
-        grow_registers<CONSUMER_REGISTERS>();
-        consume<LEFT>(params, shared, first_row);
-    } else {
-        grow_registers<CONSUMER_REGISTERS>();
-        consume<RIGHT>(params, shared, first_row);
+        return;
     }
+    grow_registers<CONSUMER_REGISTERS>();
+    consume(params, shared);
 }

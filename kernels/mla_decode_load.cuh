@@ -1,6 +1,8 @@
 // The producer warps of the decode kernel: K by the copy engine, Q by 16-byte copies of their own.
 #pragma once
 #include "mla_decode_block.cuh"
+#include "mla_decode_merge.cuh"
+#include "mla_decode_trace.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 
@@ -11,14 +13,16 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
     const u64 policy = gridDim.x > 1 ? l2_evict_normal() : l2_evict_first();  // several row blocks share K through L2
     const int kv_head = blockIdx.y;
     u32 parity = 0;
-    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
-        const Request request(params, walk.request, first_row);
-        const int first = walk.first(request.blocks()), last = walk.last(request.blocks());
-        const int* table = params.block_table + walk.request * params.block_table_stride;
-        int page = first + slot < last ? table[first + slot] : -1;
-        for (int block = first + slot; block - slot < last; block += 2) {
-            // A page out of range, or the missing second block of the last pair: the copy engine fills in zeros and
-            // the scores will be masked.
+    Trace trace(TRACE_LOADER, slot == 0);
+    const Part part(shared.plan_row, gridDim.z, params.batch);
+    for (int number = part.first_request; number <= part.last_request; number++) {
+        const int* table = params.block_table + number * params.block_table_stride;
+        const int begin = min(part.begin(number) + slot, params.max_blocks - 1);
+        int page = begin >= 0 ? load_now(table + begin) : -1;  // under way while the length arrives
+        const Request request(params, number, first_row);
+        const int first = part.first(number, request.blocks()), last = part.last(number, request.blocks());
+        for (int block = first + slot; block < last; block += 2) {
+            // A page out of range: the copy engine fills in zeros and the scores will be masked.
             const bool valid = page >= 0 && page < params.num_blocks;
             const int coordinate = valid ? page : -1;
             page = block + 2 < last ? table[block + 2] : -1;  // fetched ahead
@@ -30,6 +34,7 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
                             coordinate, policy);
             };
             wait(shared.k_empty[slot][ROPE_BOXES_FREE], parity ^ 1);
+            trace.mark(TRACE_FREE);
             shared.page_is_valid[slot] = valid;
             load(ROPE_BOX);
             for (int half = 0; half < 2; half++) {  // the owner of the slot frees its own half first
@@ -38,6 +43,7 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
 #pragma unroll
                 for (int box = 0; box < HALF_BOXES; box++) load(side * HALF_BOXES + box);
             }
+            trace.mark(TRACE_ISSUED);
             parity ^= 1;
         }
     }
@@ -49,16 +55,15 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
 __device__ void produce_q(const MlaDecodeParams& params, Shared& shared, int first_row) {
     constexpr int ROWS_A_WARP = ROWS / (Q_LOADERS / 32);
     static_assert(ROWS_A_WARP == 32, "one row a lane");
-    const int lane = threadIdx.x % 32, warp_row = (threadIdx.x / 32 - 2) * ROWS_A_WARP;
-    const int group_row = first_row + warp_row + lane;
-    const bool row_exists = group_row < params.rows_per_group;
-    const i64 row_offset = group_row / params.heads_per_group * params.q_stride_seq +
-                           (blockIdx.y * params.heads_per_group + group_row % params.heads_per_group) * params.q_stride_head;
     u32 parity = 0;
-    for (PartWalk walk(params.plan, blockIdx.z, gridDim.z, params.batch); walk.more(); walk.next()) {
-        const Request request(params, walk.request, first_row);
-        if (walk.first(request.blocks()) == walk.last(request.blocks())) continue;
-        const u16* const lane_row = params.q + (row_exists ? walk.request * params.q_stride_batch + row_offset : 0);
+    for (int number = Part(shared.plan_row, gridDim.z, params.batch).first_request;
+         number <= Part(shared.plan_row, gridDim.z, params.batch).last_request; number++) {
+        const int thread = here(threadIdx.x), lane = thread % 32, warp_row = (thread / 32 - 2) * ROWS_A_WARP;
+        const int group_row = first_row + warp_row + lane;
+        const bool row_exists = group_row < params.rows_per_group;
+        const RowPlace place(params, group_row);
+        const i64 row_offset = place.query * params.q_stride_seq + place.head * params.q_stride_head;
+        const u16* const lane_row = params.q + (row_exists ? number * params.q_stride_batch + row_offset : 0);
         wait(shared.q_empty, parity ^ 1);
 #pragma unroll 1
         for (int group = 0; group < ROWS_A_WARP; group += 4) {
@@ -85,6 +90,7 @@ __device__ void produce_q(const MlaDecodeParams& params, Shared& shared, int fir
         fence_async_shared();
         mbarrier_arrive(shared_address(&shared.q_full));
         parity ^= 1;
+        if (number == Part(shared.plan_row, gridDim.z, params.batch).first_request) find_merge(params, shared, warp_row == 0 ? FRONT : BACK, first_row);
     }
 }
 

@@ -1,16 +1,11 @@
-// What the decode kernel writes: final rows in the caller's strides, or a piece's float32 rows in the workspace.
+// What the decode kernel writes: final rows in the caller's strides, or a piece's tile in the workspace.
 #pragma once
 #include "mla_decode_block.cuh"
+#include "mla_decode_merge.cuh"
+#include "mla_decode_partial.cuh"
 #include "ptx/convert.cuh"
 
 namespace {
-
-// Where one piece's results go, and how.
-struct Destination {
-    bool partial;
-    i64 partial_row;  // of the row block's first row, in the workspace
-    int request;
-};
 
 // A quad of lanes holds 8 neighbouring columns of a row, 2 a lane. After this transposition of 4 such groups each lane
 // holds the 8 columns of one group: 16 bytes that can be written at once.
@@ -30,40 +25,85 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int lane) {
     }
 }
 
-template <int SIDE>
-__device__ __forceinline__ void write_results(const MlaDecodeParams& params, const float (&output)[128],
-    const float (&maximum)[2], const float (&sum)[2], const Place& place, int first_row, const Destination& to) {
-    constexpr int FIRST_COLUMN = SIDE * HEAD_DIM_V / 2;
+// The largest of a row's numbers, of which the lanes of a quad have a part each.
+__device__ __forceinline__ float largest_of_row(const float (&output)[128], int half) {
+    float even = 0.0f, odd = 0.0f;  // two chains, since each waits for itself
+#pragma unroll
+    for (int i = half * 2; i < 128; i += 4) {
+        even = fmaxf(even, fabsf(output[i]));
+        odd = fmaxf(odd, fabsf(output[i + 1]));
+    }
+    return quad_max(fmaxf(even, odd));
+}
+
+// A piece of a cut request, for the merge: the accumulators as they are, or in halves, and what they are relative to.
+__device__ __forceinline__ void write_partial(const MlaDecodeParams& params, const Shared& shared, int end, const float (&output)[128],
+    const float (&reference)[2], const float (&sum)[2], const Place& place, int side) {
+    const int strip = place.warp * 2 + side, slot = piece_slot(blockIdx.z, gridDim.z, end == BACK);
+    const Merge& merge = shared.merges[end];
+    if (strip >= merge.strips) return;
+    const bool in_halves = kept_in_halves(params);
+    const u32 phase = (shared.phases[end][merge.piece] >> strip & 1) ^ 1;
+    PieceWords* const to = piece_strips(params, slot) + strip * strip_size(in_halves) + place.lane;
+    float relative_to[2], kept_relative_to[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        relative_to[half] = sum[half] == 0.0f ? NO_REFERENCE : reference[half] * params.scale_log2;
+        kept_relative_to[half] = relative_to[half];
+    }
+    if (in_halves) {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int exponent = exponent_for_halves(largest_of_row(output, half));
+            factor[half] = power_of_two(exponent);
+            kept_relative_to[half] -= exponent;
+        }
+#pragma unroll
+        for (int line = 0; line < STRIP_GROUPS / 2; line++) {
+            const float* o = output + line * 8;
+            const PieceWords words = {
+                {pack2<Fp16>(o[0] * factor[0], o[1] * factor[0]), pack2<Fp16>(o[2] * factor[1], o[3] * factor[1])},
+                {pack2<Fp16>(o[4] * factor[0], o[5] * factor[0]), pack2<Fp16>(o[6] * factor[1], o[7] * factor[1])}};
+            words.store(to + line * 32, phase);
+        }
+    } else {
+#pragma unroll
+        for (int line = 0; line < STRIP_GROUPS; line++) {
+            const float* o = output + line * 4;
+            const PieceWords words = {{o[0], o[1]}, {o[2], o[3]}};
+            words.store(to + line * 32, phase);
+        }
+    }
+    if (place.leads_quad()) {
+        PieceWords* const at = to - place.lane + lines_a_strip(in_halves) * 32 + place.lane / 4 * 2;
+        const PieceWords weights = {{relative_to[0], relative_to[1]}, {sum[0], sum[1]}};
+        const PieceWords kept = {{kept_relative_to[0], kept_relative_to[1]}, {0.0f, 0.0f}};
+        weights.store(at, phase);
+        kept.store(at + 1, phase);
+    }
+}
+
+// A whole request: 16-bit, in the caller's strides.
+__device__ __forceinline__ void write_output(const MlaDecodeParams& params, const float (&output)[128],
+    const float (&reference)[2], const float (&sum)[2], const Place& place, int side, int first_row, int request) {
+    const int first_column = side * (HEAD_DIM_V / 2);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first_row + place.row(half);
         const bool valid = row < params.rows_per_group;
-        const bool empty = sum[half] == 0.0f;
-        const float inverse = empty ? 0.0f : 1.0f / sum[half];
-        const float lse = maximum[half] * params.scale_log2 + log2f(sum[half]);  // base 2
-        const int query = row / params.heads_per_group;
-        const int head = blockIdx.y * params.heads_per_group + row % params.heads_per_group;
-        if (to.partial) {
-            if (!valid) continue;
-            const i64 at = to.partial_row + place.row(half);
-            float* out = params.partial_out + at * HEAD_DIM_V + FIRST_COLUMN + place.pair_column();
-#pragma unroll
-            for (int group = 0; group < 32; group++) {
-                *reinterpret_cast<float2*>(out + group * 8) = {output[group * 4 + half * 2] * inverse,
-                                                               output[group * 4 + half * 2 + 1] * inverse};
-            }
-            if (SIDE == LEFT && place.leads_quad()) params.partial_lse[at] = empty ? -INFINITY_F32 : lse;
-            continue;
-        }
-        u16* out = params.out + to.request * params.out_stride_batch + query * params.out_stride_seq +
-                   head * params.out_stride_head + FIRST_COLUMN + place.lane % 4 * 8;
+        const RowSum row_sum(sum[half], reference[half] * params.scale_log2);
+        const float inverse = row_sum.inverse();
+        const RowPlace at(params, row);
+        u16* out = params.out + request * params.out_stride_batch + at.query * params.out_stride_seq +
+                   at.head * params.out_stride_head + first_column + place.lane % 4 * 8;
 #pragma unroll
         for (int group = 0; group < 32; group += 4) {
             u32 words[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int at = (group + i) * 4 + half * 2;
-                words[i] = pack2<Element>(output[at] * inverse, output[at + 1] * inverse);
+                const int index = (group + i) * 4 + half * 2;
+                words[i] = pack2<Element>(output[index] * inverse, output[index + 1] * inverse);
             }
             transpose_quad(words, place.lane);
             if (!valid) continue;
@@ -74,9 +114,9 @@ __device__ __forceinline__ void write_results(const MlaDecodeParams& params, con
                 for (int i = 0; i < 8; i++) out[group * 8 + i] = words[i / 2] >> (i % 2 * 16);
             }
         }
-        if (SIDE == LEFT && valid && place.leads_quad()) {
-            params.lse[to.request * params.lse_stride_batch + head * params.lse_stride_head +
-                       query * params.lse_stride_seq] = empty ? INFINITY_F32 : lse * LN_2;
+        if (side == LEFT && valid && place.leads_quad()) {
+            params.lse[request * params.lse_stride_batch + at.head * params.lse_stride_head + at.query * params.lse_stride_seq] =
+                row_sum.lse();
         }
     }
 }

@@ -2,8 +2,8 @@
 //
 // Model. Costs count 1/16 of the time that one part needs for one block of 64 keys. A request of n blocks costs
 // segment_cost + 16 n. A cut costs segment_cost once more (the query tile is loaded and an output written again) and
-// piece_cost for each piece (float32 partials). Any cut at all brings a merge: merge_cost, merge_longest_cost a piece of
-// the most divided request, and merge_cut_cost / 16 a cut. The finish time of a plan is its dearest part plus its merge.
+// piece_cost for each piece (float32 partials). Any cut at all brings a merge: merge_cost, merge_longest_cost / 16 a
+// piece of the most divided request, and merge_cut_cost / 16 a cut. The finish time of a plan is its dearest part plus its merge.
 //
 // Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests). Its cuts
 // stand at equal distances on the line of costs; a warp evaluates a candidate, a lane a part, by binary search in the
@@ -127,7 +127,7 @@ struct Planner {
             cuts += __shfl_xor_sync(0xFFFFFFFF, cuts, step);
         }
         if (cuts == 0) return dearest;
-        return dearest + params.merge_cost + params.merge_longest_cost * most_pieces + params.merge_cut_cost * cuts / 16;
+        return dearest + params.merge_cost + (params.merge_longest_cost * most_pieces + params.merge_cut_cost * cuts) / 16;
     }
 
     // How many parts candidate c uses: 0 puts whole requests on as few as finish no later, 1.. take 16/16, 15/16, ..., and 15

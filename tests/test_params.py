@@ -9,7 +9,7 @@ import pytest
 from flashmla_rtc import geometry
 from flashmla_rtc.rtc.params import ParamStruct
 
-STRUCTS = [geometry.DECODE_PARAMS, geometry.COMBINE_PARAMS, geometry.SCHEDULE_PARAMS]
+STRUCTS = [geometry.DECODE_PARAMS, geometry.SCHEDULE_PARAMS]
 TENSOR_MAP = bytes(range(128))
 
 # Every kind, in an order that needs padding before most of them and at the end.

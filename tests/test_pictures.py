@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashmla_rtc import __main__ as program
@@ -15,7 +17,7 @@ from flashmla_rtc.bench.shapes import Shape, geometric_mean
 
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
-from flashmla_rtc.bench import pictures
+from flashmla_rtc.bench import pictures, timeline
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
@@ -97,7 +99,7 @@ def test_shapes_outside_the_grid_and_missing_peers_are_drawn(document: dict[str,
         pictures.speedup({**document, "rows": [row]})
 
 
-@pytest.mark.parametrize("picture", list(pictures.PICTURES))
+@pytest.mark.parametrize("picture", ["roofline", "speedup"])
 def test_the_command_draws_the_same_twice(picture: str, tmp_path: Path) -> None:
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for file in files:
@@ -150,3 +152,84 @@ def test_what_can_t_be_drawn_is_said(
     assert "could not be written" in fails(capsys, "roofline", str(RESULTS), bad)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'flashmla_rtc[plot]'" in fails(capsys, "roofline", str(RESULTS), out)
+
+
+# -- the timeline ---------------------------------------------------------------------------------
+
+
+def event(kind: str, cycles: int, nanoseconds: int = 0) -> int:
+    return nanoseconds << 32 | (cycles % (1 << 26)) << 6 | timeline.KINDS.index(kind)
+
+
+def log_of(blocks: dict[int, dict[str, list[int]]]) -> np.ndarray:
+    log = np.zeros((max(blocks) + 1, len(timeline.ROLES), timeline.EVENTS), np.uint64)
+    for block, roles in blocks.items():
+        for role, events in roles.items():
+            log[block, timeline.ROLES.index(role), : len(events)] = events
+    return log.reshape(-1)
+
+
+WORK = [
+    event("start", (1 << 26) - 100, 5_000),
+    event("q", 1900, 6_000),  # the cycle counter has come round
+    event("scores", 3900),
+    event("p", 4900),
+    event("output", 5900),
+    event("sums", 9900, 10_000),
+    event("written", 11_900, 11_000),
+]
+
+
+def test_events_without_the_device_s_time_are_placed_by_cycles() -> None:
+    late = [event("start", 0, 5_500)]
+    blocks = timeline.decode_log(log_of({1: {"left": WORK, "right": late}, 3: {"left": late}}))
+    assert [block["block"] for block in blocks] == [1, 3]
+    assert blocks[0]["roles"]["left"] == [
+        ["start", 0.0],
+        ["q", 1.0],
+        ["scores", 2.0],
+        ["p", 2.5],
+        ["output", 3.0],
+        ["sums", 5.0],
+        ["written", 6.0],
+    ]
+    assert blocks[0]["roles"]["right"] == [["start", 0.5]]
+    assert timeline.decode_log(np.zeros(len(timeline.ROLES) * timeline.EVENTS, np.uint64)) == []
+
+
+def test_the_kernel_has_the_same_kinds_and_roles() -> None:
+    text = (ROOT / "kernels" / "mla_decode_trace.cuh").read_text(encoding="utf-8")
+    assert tuple(name.lower() for name in re.findall(r"^    TRACE_(\w+),", text, re.M)) == (
+        timeline.KINDS
+    )
+    assert f"TRACE_ROLES = {len(timeline.ROLES)}," in text
+
+
+def test_the_timeline_shows_first_middle_and_last_and_leaves_out_the_idle() -> None:
+    longer = [*WORK, event("written", 20_000, 15_000)]
+    idle = [event("start", 0, 5_000)]
+    log = log_of({n: {"left": WORK} for n in range(4)} | {7: {"left": longer}, 8: {"left": idle}})
+    document = {
+        "device": "a device",
+        "shape": {"batch": 1, "seq_len_q": 1, "heads_q": 16, "seqlen": 64},
+        "blocks": timeline.decode_log(log),
+    }
+    axes = pictures.timeline(document).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["block 0, left", "block 2, left", "block 7, left"]
+    assert "keys 64" in axes.get_title()
+    with pytest.raises(KeyError, match="blocks"):
+        pictures.timeline({**document, "blocks": []})
+
+
+def test_without_a_gpu_the_timeline_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["timeline", "1,1,*,64", str(tmp_path / "out.json")])
+    assert "one shape, without stars" in capsys.readouterr().err
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert program.main(["timeline", "1,1,16,64", str(tmp_path / "out.json")]) == 1
+    assert "timeline needs a Hopper GPU" in capsys.readouterr().err

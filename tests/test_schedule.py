@@ -241,8 +241,8 @@ def finish_time(parts: Parts, blocks: list[int], model: CostModel) -> int:
     cuts = sum(count) - len(blocks)
     if cuts == 0:
         return dearest
-    merge = model.merge + model.merge_longest * max(count) + model.merge_cut * cuts // 16
-    return dearest + merge
+    by_size = model.merge_longest * max(count) + model.merge_cut * cuts
+    return dearest + model.merge + by_size // 16
 
 
 def planned_finish(lengths: list[int], num_parts: int, model: CostModel) -> int:
@@ -263,8 +263,8 @@ def test_no_plan_is_far_from_the_ideal(
     useful = min(max(sum(blocks), 1), num_parts)
     mean = math.ceil((total - model.segment) / useful)
     cut = model.segment + 2 * model.piece + COST_UNIT + 1
-    merge = model.merge + model.merge_longest * (num_parts + 1) + model.merge_cut * num_parts // 16
-    assert planned_finish(lengths, num_parts, model) <= mean + cut + merge
+    by_size = model.merge_longest * (num_parts + 1) + model.merge_cut * num_parts
+    assert planned_finish(lengths, num_parts, model) <= mean + cut + model.merge + by_size // 16
 
 
 @settings(max_examples=200, deadline=None)
@@ -280,7 +280,7 @@ def test_the_search_knows_what_its_plan_costs(
     blocks = blocks_of(lengths)
     plan, num_splits = make_plan(lengths, num_parts, model)
     actual = finish_time(walk(plan, blocks), blocks, model)
-    assert abs(estimate - actual) <= model.merge_longest * int(num_splits[-1])
+    assert abs(estimate - actual) <= model.merge_longest * int(num_splits[-1]) / 16 + 1
     if num_splits[-1] == len(lengths):
         assert estimate == actual
 
@@ -396,7 +396,7 @@ def beside_flashmla(lengths: list[int], num_parts: int, model: CostModel, spare:
     return planned_finish(lengths, num_parts, model) / theirs
 
 
-@pytest.mark.parametrize("spare, mean, best", [(10, 0.95, 0.8), (5, 0.985, 0.9)])
+@pytest.mark.parametrize("spare, mean, best", [(10, 0.95, 0.8), (5, 0.995, 0.93)])
 def test_on_the_grid_of_the_benchmark(spare: int, mean: float, best: float) -> None:
     """64 candidates are not all plans: a few shapes lose some per cent, most win."""
     ratios = {}

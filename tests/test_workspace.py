@@ -23,35 +23,56 @@ class Memory:
 
     number = 0
 
-    def __init__(self, library: str, device: Device, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str) -> None:
         Memory.number += 1
-        self.library, self.device, self.shape, self.dtype = library, device, shape, dtype
-        address = Memory.number << 32
-        if library == "torch":
-            self.data_ptr = lambda: address
-        else:
-            self.data = SimpleNamespace(ptr=address)
+        self.device, self.shape, self.dtype = device, shape, dtype
+        self.address = Memory.number << 32
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Driver:
+    """Memory and streams of the driver; ``log`` has every call, and who relaxed capture."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.relaxed = False
+        self.arrays: list[Memory] = []
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        self.log.append((name, *arguments, self.relaxed))
+        if name == "cuMemAlloc":
+            Memory.number += 1
+            return Memory.number << 32
+        return "private" if name == "cuStreamCreate" else None
+
+    def calls(self, name: str) -> list[tuple[Any, ...]]:
+        return [entry[1:] for entry in self.log if entry[0] == name]
 
 
 @pytest.fixture(autouse=True)
-def allocations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Memory, bool]]:
-    """Every array that is made, and whether capture was relaxed when it was."""
-    made: list[tuple[Memory, bool]] = []
-    relaxed = [False]
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
 
     def empty(like: View, shape: tuple[int, ...], dtype: str) -> Memory:
-        made.append((Memory(like.library, like.device, shape, dtype), relaxed[0]))
-        return made[-1][0]
+        assert not made.relaxed  # or the graph's pool would not see it
+        made.arrays.append(Memory(like.device, shape, dtype))
+        return made.arrays[-1]
 
     @contextlib.contextmanager
     def allowed_while_capturing() -> Iterator[None]:
-        relaxed[0] = True
+        made.relaxed = True
         try:
             yield
         finally:
-            relaxed[0] = False
+            made.relaxed = False
 
     monkeypatch.setattr(arrays, "empty", empty)
+    monkeypatch.setattr(workspace, "call", made.call)
+    flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    monkeypatch.setattr(workspace, "driver", lambda: SimpleNamespace(CUstream_flags=flags))
+    monkeypatch.setattr(workspace, "on_device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(workspace, "allowed_while_capturing", allowed_while_capturing)
     monkeypatch.setattr(workspace, "_kept", {})
     monkeypatch.setattr(workspace, "_captured", [])
@@ -62,46 +83,77 @@ def like(library: str = "torch", index: int = 0) -> View:
     return View(None, library, None, 0, (1,), (1,), "bfloat16", Device("cuda", index))
 
 
-def partials(library: str = "torch", index: int = 0, stream: int = 7, capture: int = 0):
-    return workspace.partials(like(library, index), SMS, stream, capture)
+PLACES = workspace.layout(SMS, 64, "bfloat16")
+
+
+def room(
+    library: str = "torch",
+    index: int = 0,
+    stream: int = 7,
+    capture: int = 0,
+    places: workspace.Layout = PLACES,
+) -> workspace.Workspace:
+    return workspace.room(like(library, index), places, stream, capture)
 
 
 LIBRARIES = ["torch", "cupy", "jax", "dlpack"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_calls_on_one_stream_share_a_workspace(library: str, allocations: list[Any]) -> None:
-    first = partials(library)
-    assert partials(library) == first
-    assert len(allocations) == 2
-    assert first[0] != first[1]
-    assert first[2] is partials(library)[2]
+def test_calls_on_one_stream_share_a_workspace(library: str, driver: Driver) -> None:
+    assert room(library) is room(library)
+    assert len(driver.arrays) + len(driver.calls("cuMemAlloc")) == 1
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_streams_and_devices_have_their_own(library: str) -> None:
-    places = [(index, stream) for index in (0, 1) for stream in (0, 1, 2, 0x7F0000)]
-    seen = [partials(library, index, stream)[0] for index, stream in places]
-    assert len(set(seen)) == len(places)
-    assert seen == [partials(library, index, stream)[0] for index, stream in places]
+    uses = [(index, stream) for index in (0, 1) for stream in (0, 1, 2, 0x7F0000)]
+    seen = [room(library, index, stream).address for index, stream in uses]
+    assert len(set(seen)) == len(uses)
+    assert seen == [room(library, index, stream).address for index, stream in uses]
 
 
-def test_it_is_made_on_the_device_of_the_arrays(allocations: list[Any]) -> None:
-    partials("torch", index=3)
-    assert [memory.device for memory, _ in allocations] == [Device("cuda", 3)] * 2
+def test_threads_have_their_own_per_thread_default_stream() -> None:
+    seen = [room(stream=2).address]
+    thread = threading.Thread(target=lambda: seen.append(room(stream=2).address))
+    thread.start()
+    thread.join()
+    assert len(set(seen)) == 2
 
 
-def test_torch_has_its_own_memory_and_all_others_share_cupys() -> None:
-    assert partials("torch")[0] != partials("cupy")[0]
-    assert partials("cupy")[0] == partials("jax")[0] == partials("dlpack")[0]
+def test_it_is_made_on_the_device_of_the_arrays(driver: Driver) -> None:
+    room("torch", index=3)
+    assert [memory.device for memory in driver.arrays] == [Device("cuda", 3)]
 
 
-def test_shapes_do_not_depend_on_the_call(allocations: list[Any]) -> None:
-    partials()
-    (out, _), (lse, _) = allocations
-    rows = workspace.pieces(SMS)
-    assert (out.shape, out.dtype) == ((rows, geometry.HEAD_DIM_V), "float32")
-    assert (lse.shape, lse.dtype) == ((rows,), "float32")
+def test_torch_has_its_own_memory_and_all_others_share() -> None:
+    assert room("torch").address != room("cupy").address
+    assert room("cupy") is room("jax") is room("dlpack")
+
+
+def test_it_is_zero_before_the_first_call(driver: Driver) -> None:
+    """torch's in the order of the caller's stream, others' before anything goes on."""
+    mine = room("torch")
+    assert driver.calls("cuMemsetD8Async") == [(mine.address, 0, mine.size, 7, False)]
+    theirs = room("cupy")
+    names = [entry[0] for entry in driver.log[1:]]
+    assert names == [
+        "cuStreamCreate",
+        "cuMemAlloc",
+        "cuMemsetD8Async",
+        "cuStreamSynchronize",
+        "cuStreamDestroy",
+    ]
+    assert driver.calls("cuMemsetD8Async")[1][:3] == (theirs.address, 0, theirs.size)
+
+
+def test_calls_that_divide_it_in_another_way_have_their_own() -> None:
+    """A word's phase is known for a strip of one size at one place."""
+    kinds = [(16, "bfloat16"), (32, "bfloat16"), (48, "float16"), (64, "bfloat16"), (64, "float16")]
+    seen = [room(places=workspace.layout(SMS, rows, dtype)).address for rows, dtype in kinds]
+    assert len(set(seen)) == len(kinds)
+    assert room(places=workspace.layout(SMS, 128, "bfloat16")).address == seen[3]
+    assert room(places=workspace.layout(SMS, 16, "float16")).address == seen[0]
 
 
 @given(
@@ -109,43 +161,59 @@ def test_shapes_do_not_depend_on_the_call(allocations: list[Any]) -> None:
     heads_per_group=st.integers(1, 300),
     seq_len_q=st.integers(1, 64),
     heads_k=st.integers(1, 64),
+    dtype=st.sampled_from(["bfloat16", "float16"]),
 )
 def test_it_holds_the_pieces_of_any_call(
-    num_sms: int, heads_per_group: int, seq_len_q: int, heads_k: int
+    num_sms: int, heads_per_group: int, seq_len_q: int, heads_k: int, dtype: str
 ) -> None:
     rows = heads_per_group * seq_len_q
     parts = schedule.num_sm_parts(num_sms, rows, heads_k)
     if parts > 1:  # one part is never cut
-        assert 2 * parts * heads_k * rows <= workspace.pieces(num_sms)
+        tiles = 2 * parts * heads_k * -(-rows // geometry.BLOCK_ROWS)
+        strips = min(-(-rows // 16) * 2, 8)
+        halves = dtype == "bfloat16" and strips == 8
+        strip = (32 * 512 >> halves) + 256
+        places = workspace.layout(num_sms, rows, dtype)
+        assert places.partials >= tiles * geometry.TILE_STATE_BYTES
+        assert places.partials % 16 == 0
+        assert places.size >= places.partials + tiles * strips * strip
 
 
 # -- under capture --------------------------------------------------------------------------------
 
 
-def test_a_graph_of_torch_takes_memory_from_its_own_pool(allocations: list[Any]) -> None:
-    eager = partials()
-    first, second = partials(capture=1), partials(capture=1)
-    assert len({eager[0], first[0], second[0]}) == 3
-    assert partials() == eager  # and leaves the eager one where it was
+def test_a_graph_of_torch_takes_memory_from_its_own_pool(driver: Driver) -> None:
+    eager = room()
+    first = room(capture=1)
+    assert room(capture=1) is first  # the layers of one graph share
+    assert room(stream=8, capture=1).address != first.address
+    assert len({eager.address, first.address}) == 2
+    assert room() is eager  # and leaves the eager one where it was
     assert workspace._captured == []  # the pool owns it
-    assert not any(relaxed for _, relaxed in allocations)  # or the pool would not see it
+    zeroed = [entry[0] for entry in driver.calls("cuMemsetD8Async")]
+    assert zeroed.count(first.address) == 1  # a node of the graph, before its first call
+
+
+def test_a_graph_of_torch_gives_its_memory_back_when_the_next_is_captured() -> None:
+    """To the pool, which may give it to anything between replays: each zeroes it again."""
+    eager = room()
+    first = room(capture=1)
+    second = room(capture=2)
+    assert first not in workspace._kept.values()
+    assert {eager, second} <= set(workspace._kept.values())
+    other = room(capture=2, places=workspace.layout(SMS, 16, "bfloat16"))
+    assert {eager, second, other} <= set(workspace._kept.values())
 
 
 @pytest.mark.parametrize("library", ["cupy", "jax", "dlpack"])
-def test_a_graph_of_another_library_keeps_its_memory(library: str, allocations: list[Any]) -> None:
-    eager = partials(library)
-    first, second = partials(library, capture=5), partials(library, capture=6)
-    assert len({eager[0], first[0], second[0]}) == 3
-    assert partials(library, capture=5) == first  # the layers of one graph share
-    assert partials(library, capture=6) == second
-    assert partials(library) == eager
-    relaxed = [relaxed for _, relaxed in allocations]
-    assert relaxed == [False, False, True, True, True, True]  # or it would end the capture
-
-
-def test_what_a_graph_took_is_not_given_to_an_eager_call() -> None:
-    captured = partials("cupy", capture=1)
-    assert partials("cupy")[0] != captured[0]
+def test_a_graph_of_another_library_keeps_its_memory(library: str, driver: Driver) -> None:
+    eager = room(library)
+    first, second = room(library, capture=5), room(library, capture=6)
+    assert len({eager.address, first.address, second.address}) == 3
+    assert room(library, capture=5) is first  # the layers of one graph share
+    assert room(library, capture=6) is second
+    assert room(library) is eager
+    assert all(entry[-1] for entry in driver.log)  # relaxed, or it would end the capture
 
 
 # -- threads --------------------------------------------------------------------------------------
@@ -156,7 +224,7 @@ def test_threads_on_one_stream_get_the_same() -> None:
 
     def work() -> None:
         start.wait()
-        found.append(partials()[0])
+        found.append(room().address)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

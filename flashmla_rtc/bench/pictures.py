@@ -1,4 +1,5 @@
-"""Pictures of a benchmark's document: the roofline, and how many times as long the peers take.
+"""Pictures of what ``bench`` and ``timeline`` wrote: the roofline, how many times as long the
+peers take, and what thread blocks did when.
 
 They need matplotlib, which the extra ``plot`` brings. The roofline model is that of Williams,
 Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
@@ -9,6 +10,7 @@ it has to move.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .shapes import Shape, geometric_mean
@@ -176,4 +178,59 @@ def speedup(document: Document) -> Figure:
     return figure
 
 
-PICTURES = {"roofline": roofline, "speedup": speedup}
+# What a consumer did until the event, and in which colour; the same for the loader.
+_PHASES = {
+    "q": ("waits for Q", "#BBBBBB"),
+    "scores": ("S = Q Kᵀ, and the wait for K", "#0072B2"),
+    "p": ("softmax", "#E69F00"),
+    "output": ("O += P V, both blocks", "#009E73"),
+    "sums": ("waits for the other side", "#BBBBBB"),
+    "written": ("writes", "#D55E00"),
+    "fetched": ("waits for other pieces, adds them", "#CC79A7"),
+    "issued": ("asks for K", "#56B4E9"),
+    "free": ("waits for room", "#DDDDDD"),
+}
+
+
+def timeline(document: Document) -> Figure:
+    """What the roles of three thread blocks did when: the first to end, the one in the middle, the
+    last.
+
+    Raises:
+        KeyError: the document has no blocks.
+    """
+    ends = sorted(
+        (max(times[-1][1] for times in block["roles"].values()), block["block"])
+        for block in document["blocks"]
+        if any(kind != "start" for kind, _ in block["roles"].get("left", ()))  # the others are idle
+    )
+    if not ends:
+        raise KeyError("blocks")
+    chosen = dict.fromkeys(ends[index][1] for index in (0, len(ends) // 2, -1))
+    blocks = {block["block"]: block["roles"] for block in document["blocks"]}
+    figure = _figure(10, 1.2 + 1.5 * len(chosen))
+    axes = figure.add_subplot()
+    labels: list[str] = []
+    for number in chosen:
+        for role, events in blocks[number].items():
+            for (_, begin), (kind, end) in pairwise(events):
+                text, color = _PHASES[kind]
+                axes.barh(len(labels), end - begin, left=begin, color=color, label=text)
+            labels.append(f"block {number}, {role}")
+    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.invert_yaxis()
+    handles, texts = axes.get_legend_handles_labels()
+    once = dict(zip(texts, handles, strict=True))
+    figure.legend(
+        once.values(),
+        once.keys(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+    )
+    axes.set(xlabel="µs", title=f"{document['device']}: {Shape(**document['shape']).label}")
+    return figure
+
+
+PICTURES = {"roofline": roofline, "speedup": speedup, "timeline": timeline}

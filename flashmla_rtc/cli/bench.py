@@ -129,13 +129,13 @@ def check_writable(path: Path | None) -> None:
         raise CommandError(f"--json names {path}, but {path.parent} cannot be written to.", 2)
 
 
-def require_hopper() -> ModuleType:
+def require_hopper(command: str = "bench") -> ModuleType:
     """torch, on a machine whose current CUDA device runs the kernels; a sentence otherwise."""
     try:
         import torch
     except ImportError as error:
         raise CommandError(
-            "bench needs torch with CUDA and a Hopper GPU, and torch cannot be imported "
+            f"{command} needs torch with CUDA and a Hopper GPU, and torch cannot be imported "
             f"({error}). See https://pytorch.org/get-started."
         ) from None
     if not torch.cuda.is_available():
@@ -143,13 +143,13 @@ def require_hopper() -> ModuleType:
         if problem is None:
             built = torch.version.cuda is not None
             problem = "torch finds no usable GPU." if built else "This torch is built without CUDA."
-        raise CommandError(f"bench needs a Hopper GPU and torch with CUDA. {problem}")
+        raise CommandError(f"{command} needs a Hopper GPU and torch with CUDA. {problem}")
     from flashmla_rtc import backends
     from flashmla_rtc.arrays import Device
 
     reason = backends.why_not(Device("cuda", torch.cuda.current_device()))
     if reason is not None:
-        raise CommandError(f"bench needs a Hopper GPU and its kernels. {reason}")
+        raise CommandError(f"{command} needs a Hopper GPU and its kernels. {reason}")
     return torch
 
 

@@ -146,6 +146,11 @@ class LoadedKernel:
         self.device = device
         self.dynamic_smem_bytes = dynamic_smem_bytes
 
+    def symbol(self, name: str) -> tuple[int, int]:
+        """Address and bytes of a ``__device__`` variable of its module. Raises DriverError."""
+        address, size = call("cuModuleGetGlobal", self._module, name.encode())
+        return int(address), int(size)
+
 
 class KernelTable:
     """Loaded kernels by (name, device), each loaded once even when threads race."""

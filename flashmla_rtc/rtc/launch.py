@@ -36,30 +36,46 @@ class Launcher:
         The kernel's device must be current. Raises DriverError.
         """
         local = self._local
-        try:
-            configs = local.configs
-        except AttributeError:
-            configs = self._prepare_thread()
+        if not hasattr(local, "configs"):
+            self._prepare_thread()
         self.params.pack_into(local.buffer, values)
-        config = configs.get((grid, stream))
-        if config is None:
-            if len(configs) > 256:
-                configs.clear()
-            config = configs[grid, stream] = self._config(grid, stream)
-        status = self._launch(config, self.kernel.handle, local.pointers, 0)[0]
+        status = self._launch(self.config(grid, stream), self.kernel.handle, local.pointers, 0)[0]
         if status != self._success:
             raise DriverError(
                 f"Launching {self.kernel.name} with grid {grid} failed: "
                 f"{_reason(self._driver, status)}."
             )
 
-    def _prepare_thread(self) -> dict[tuple[Grid, int], Any]:
+    def pack(self, values: dict[str, Any]) -> Any:
+        """``values`` in a buffer of their own, for :meth:`launch_packed`."""
+        buffer = ctypes.create_string_buffer(self.params.size)
+        self.params.pack_into(buffer, values)
+        return buffer
+
+    def launch_packed(self, config: Any, pointers: Any) -> bool:
+        """Launch with what the array ``pointers`` points at, by a ``config`` of :meth:`config`.
+
+        Whether the driver took it; if not, nothing was launched.
+        """
+        handle = self.kernel.handle
+        return bool(self._launch(config, handle, ctypes.addressof(pointers), 0)[0] == self._success)
+
+    def config(self, grid: Grid, stream: int) -> Any:
+        """How the driver names a launch of ``grid`` on ``stream``, kept for this thread."""
+        configs: dict[tuple[Grid, int], Any] = self._local.configs
+        found = configs.get((grid, stream))
+        if found is None:
+            if len(configs) > 256:
+                configs.clear()
+            found = configs[grid, stream] = self._config(grid, stream)
+        return found
+
+    def _prepare_thread(self) -> None:
         local = self._local
         local.buffer = ctypes.create_string_buffer(self.params.size)
         local.array = (ctypes.c_void_p * 1)(ctypes.addressof(local.buffer))
         local.pointers = ctypes.addressof(local.array)
         local.configs = {}
-        return local.configs  # type: ignore[no-any-return]
 
     def _config(self, grid: Grid, stream: int) -> Any:
         cuda = self._driver

@@ -12,6 +12,41 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // which go through another path (the async proxy).
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Words in device memory by which thread blocks tell each other things. PTX ISA: "Memory Consistency Model". Each word is
+// seen whole, some time after it was written; nothing is said about the order of several.
+__device__ __forceinline__ void store_for_other_blocks(void* to, u64 word) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+__device__ __forceinline__ void store_for_other_blocks(void* to, u64 low, u64 high) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(low), "l"(high) : "memory");
+}
+// Load if `wanted`, else leave the words alone.
+__device__ __forceinline__ void load_from_other_blocks(u64& word, const void* from, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.u64 %0, [%1]; }"
+                 : "+l"(word)
+                 : "l"(from), "r"(static_cast<u32>(wanted))
+                 : "memory");
+}
+__device__ __forceinline__ void load_from_other_blocks(u64& low, u64& high, const void* from, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2]; }"
+                 : "+l"(low), "+l"(high)
+                 : "l"(from), "r"(static_cast<u32>(wanted))
+                 : "memory");
+}
+// Return what was there before.
+__device__ __forceinline__ u32 atomic_add(u32* word, u32 value) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+    return before;
+}
+__device__ __forceinline__ u32 atomic_or(u32* word, u32 bits) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bits) : "memory");
+    return before;
+}
+// What this thread did before the fence is seen by whoever sees what it does after it, if that one fences as well.
+__device__ __forceinline__ void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Programmatic dependent launch: wait until the kernels before this one have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -27,6 +62,9 @@ template <int REGISTERS>
 __device__ __forceinline__ void grow_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+
+// Lane 0's value: the same in all lanes, and the compiler knows that it is.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }
 
 // True in exactly one lane of a converged warp.
 __device__ __forceinline__ bool elect_lane() {

@@ -28,6 +28,19 @@ struct SameType<A, A> {
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
 
+// The same number, and what follows from it is computed after this point: not ahead of loops, in registers they need.
+__device__ __forceinline__ int here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// A load that is issued where it stands, however late its value is used.
+__device__ __forceinline__ int load_now(const int* pointer) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer));
+    return value;
+}
+
 // The 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

@@ -35,13 +35,6 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from moving accesses to accumulators across this point, where products own them.
-template <int N>
-__device__ __forceinline__ void pin_registers(float (&values)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(values[i])::"memory");
-}
-
 // The operand lists of the accumulators, written once.
 #define WGMMA_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_D16(d, i) WGMMA_D4(d, i), WGMMA_D4(d, i + 4), WGMMA_D4(d, i + 8), WGMMA_D4(d, i + 12)
@@ -49,6 +42,15 @@ __device__ __forceinline__ void pin_registers(float (&values)[N]) {
 #define WGMMA_D128(d) \
     WGMMA_D16(d, 0), WGMMA_D16(d, 16), WGMMA_D16(d, 32), WGMMA_D16(d, 48), WGMMA_D16(d, 64), WGMMA_D16(d, 80), \
         WGMMA_D16(d, 96), WGMMA_D16(d, 112)
+
+// Keeps the compiler from moving accesses to accumulators across this point, where products own them. Sixteen at a time:
+// one by one they take the compiler seconds.
+template <int N>
+__device__ __forceinline__ void pin_registers(float (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 16) asm volatile("" : WGMMA_D16(values, i)::"memory");
+}
+
 #define WGMMA_R32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

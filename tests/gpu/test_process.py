@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -117,34 +118,27 @@ def test_a_thread_without_a_current_context_can_call() -> None:
     assert_same_bits(result, expected)
 
 
-@pytest.fixture
-def fake_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace without memory: each allocation is told apart by its address."""
-
-    def allocate(like: arrays.View, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(rows), torch.empty(rows)
-
-    monkeypatch.setattr(workspace, "_allocate", allocate)
-    monkeypatch.setattr(workspace, "_kept", {})
-
-
 def on_device(index: int) -> arrays.View:
     view = arrays.view(torch.empty(1, device=DEVICE), "q")
     view.device = arrays.Device("cuda", index)
     return view
 
 
-@pytest.mark.usefixtures("fake_allocations")
-def test_workspaces_are_kept_by_device_and_stream() -> None:
+def test_workspaces_are_kept_by_device_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count(1)
+
+    def make(like: arrays.View, size: int, _: int) -> workspace.Workspace:
+        return workspace.Workspace(next(numbers) << 32, size, like)
+
+    monkeypatch.setattr(workspace, "_from_torch", make)
+    monkeypatch.setattr(workspace, "_kept", {})
+    places = workspace.layout(132, 16, "bfloat16")
     uses = [(0, 0), (1, 0), (0, 7), (1, 7)]
-    addresses = {
-        (device, stream): workspace.partials(on_device(device), 132, stream, 0)[:2]
-        for device, stream in uses
-    }
-    assert len({address for pair in addresses.values() for address in pair}) == 2 * len(uses)
-    for (device, stream), pair in addresses.items():
-        assert workspace.partials(on_device(device), 132, stream, 0)[:2] == pair
-        assert workspace.partials(on_device(device), 132, stream, 1)[:2] != pair
+    kept = {(d, s): workspace.room(on_device(d), places, s, 0).address for d, s in uses}
+    assert len(set(kept.values())) == len(uses)
+    for (device, stream), address in kept.items():
+        assert workspace.room(on_device(device), places, stream, 0).address == address
+        assert workspace.room(on_device(device), places, stream, 1).address != address
 
 
 def test_kernels_are_kept_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def places(name: str, call: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.
     ],
 )
 def test_places_of_the_results(place: str, cut: bool) -> None:
-    """With requests cut over parts (merged by the combine kernel) and whole."""
+    """With requests cut over parts (and merged) and whole."""
     call = problem() if cut else make([70, 0, 64] * 60, seq_len_q=2, heads_q=20, causal=True)
     pieces = call.plan()[1].diff()
     assert bool((pieces > 1).any()) == cut

@@ -1,0 +1,75 @@
+// The workspace in which thread blocks leave pieces of cut requests for each other.
+//
+// A tile holds what one thread block leaves of one piece: up to 4 warps of 16 rows, 2 sides of 256 columns. The 16 rows and
+// 256 columns of a warp are a strip: lines of 512 bytes, 16 a lane, as the accumulators lie in registers, and the weights of
+// its rows. Lane l has columns l % 4 * 2 and + 1 of each group of 8 columns, in row l / 4 and in row l / 4 + 8. Tiles of
+// neighbouring pieces lie side by side, and no strip is kept that has no rows.
+//
+// Few rows are kept in float32: a group a line, no arithmetic. Full tiles for results in bf16 are kept in fp16 (11 bits
+// against 8), two groups a line, each row with the power of two that brings its largest number near the largest of fp16:
+// what L2 moves halves.
+//
+// Every 64-bit word of the workspace says itself whether it has been written: its lowest bit, the word's phase, is another
+// than before. (Readers clear that bit, so that it never changes a result.) All words of a strip are written at once, so a
+// bit for each strip of a tile says what their phase is between calls. A reader needs no flag and no fence: it looks at the
+// words until they are there.
+#pragma once
+#include "mla_plan.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/types.cuh"
+
+namespace {
+
+constexpr int STRIP_ROWS = 16;
+constexpr int STRIP_GROUPS = 32;
+constexpr int GROUP_COLUMNS = 8;
+constexpr int TILE_STRIPS = 8;           // 4 warps, 2 sides: strip = warp * 2 + side
+constexpr int WEIGHTS = STRIP_ROWS / 2;  // of rows r and r + 8, 32 bytes each
+
+__device__ __forceinline__ int strips_a_tile(const MlaDecodeParams& params) {
+    return min((params.rows_per_group + STRIP_ROWS - 1) / STRIP_ROWS * 2, TILE_STRIPS);
+}
+__device__ __forceinline__ bool kept_in_halves(const MlaDecodeParams& params) {
+    return SameType<config::Element, Bf16>::value && strips_a_tile(params) == TILE_STRIPS;
+}
+__device__ __forceinline__ int lines_a_strip(bool in_halves) { return in_halves ? STRIP_GROUPS / 2 : STRIP_GROUPS; }
+__device__ __forceinline__ int strip_size(bool in_halves) { return lines_a_strip(in_halves) * 32 + 2 * WEIGHTS; }  // in 16 bytes
+
+// A word: two numbers, or four halves.
+struct PieceWord {
+    u64 bits;
+    __device__ __forceinline__ PieceWord() {}
+    __device__ __forceinline__ PieceWord(u32 x, u32 y) : bits(static_cast<u64>(y) << 32 | x) {}
+    __device__ __forceinline__ PieceWord(float x, float y) : PieceWord(__float_as_uint(x), __float_as_uint(y)) {}
+    __device__ __forceinline__ u32 x() const { return bits; }
+    __device__ __forceinline__ u32 y() const { return bits >> 32; }
+    __device__ __forceinline__ float2 numbers() const { return {__uint_as_float(x()), __uint_as_float(y())}; }
+    __device__ __forceinline__ u64 with(u32 phase) const { return (bits & ~1ull) | phase; }
+    // Sets bit 0 of `sum` if the word is of phase `phase`'s bit 0.
+    __device__ __forceinline__ void add_if_of(u32 phase, u32& sum) const {
+        asm("lop3.b32 %0, %0, %1, %2, 0xF9;" : "+r"(sum) : "r"(x()), "r"(phase));  // sum | ~(x ^ phase)
+    }
+    __device__ __forceinline__ void clear_phase() { bits &= ~1ull; }
+};
+// Two words, as they are moved.
+struct PieceWords {
+    PieceWord low, high;
+    __device__ __forceinline__ void store(void* to, u32 phase) const { store_for_other_blocks(to, low.with(phase), high.with(phase)); }
+    __device__ __forceinline__ void load(const void* from, bool wanted) { load_from_other_blocks(low.bits, high.bits, from, wanted); }
+    __device__ __forceinline__ void add_if_of(u32 phase, u32& sum) const {
+        low.add_if_of(phase, sum);
+        high.add_if_of(phase, sum);
+    }
+    __device__ __forceinline__ void clear_phase() {
+        low.clear_phase();
+        high.clear_phase();
+    }
+};
+
+// The power of two that brings numbers of at most `largest` into fp16's range, near its upper end.
+__device__ __forceinline__ int exponent_for_halves(float largest) {
+    return clamp(127 + 14 - static_cast<int>(__float_as_uint(largest) >> 23), -112, 112);
+}
+__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
+
+}  // namespace
