@@ -1,4 +1,4 @@
-"""``python -m flashmla_rtc``: demo, doctor, kernels, bench and plot. Errors are sentences."""
+"""``python -m flashmla_rtc``: its commands. Errors are sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = {
     "kernels": (kernels, "compile the kernels and list what each one uses"),
     "bench": (bench, "measure the kernels beside the device's limits and their peers"),
     "timeline": (timeline, "record what the thread blocks of one decode call did when"),
-    "plot": (plot, "draw what bench --json wrote: the roofline, or the peers' times over ours"),
+    "plot": (plot, "draw what bench --json or timeline wrote"),
 }
 
 

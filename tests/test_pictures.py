@@ -121,6 +121,13 @@ def test_the_picture_in_the_docs_is_of_the_committed_results(document: dict[str,
     assert document["device"] in text
 
 
+def test_the_timeline_in_the_docs_is_of_the_committed_recording() -> None:
+    text = (ROOT / "docs" / "images" / "timeline.svg").read_text(encoding="utf-8")
+    recording = RESULTS.with_name("timeline-1x4096x128.json").read_text(encoding="utf-8")
+    assert hashlib.sha256(recording.encode()).hexdigest() in text
+    assert json.loads(recording)["device"] in text
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert program.main(["plot", *arguments]) == 1
     return capsys.readouterr().err
@@ -203,6 +210,16 @@ def test_the_kernel_has_the_same_kinds_and_roles() -> None:
         timeline.KINDS
     )
     assert f"TRACE_ROLES = {len(timeline.ROLES)}," in text
+    assert set(pictures._PHASES) == set(timeline.KINDS) - {"none", "start"}
+
+
+def test_a_foreign_document_is_told_which_command_it_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out.svg")
+    assert "timeline needs what timeline writes" in fails(capsys, "timeline", str(RESULTS), out)
+    recording = str(RESULTS.with_name("timeline-1x4096x128.json"))
+    assert "roofline needs what bench --json writes" in fails(capsys, "roofline", recording, out)
 
 
 def test_the_timeline_shows_first_middle_and_last_and_leaves_out_the_idle() -> None:

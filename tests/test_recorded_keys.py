@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flashmla_rtc import recorded  # noqa: E402
+from flashmla_rtc import recorded, sm90  # noqa: E402
 
 ARGUMENTS = (
     "q",
@@ -109,26 +110,38 @@ def test_a_call_without_a_note_takes_the_long_way() -> None:
     assert recorded.launch_again(key, *given[:4], plan, None, None, None) is None
 
 
+class Kernel:
+    """A launcher, as far as a note asks for it."""
+
+    def pack(self, values: dict[str, Any]) -> Any:
+        return ctypes.create_string_buffer(256)
+
+    def config(self, grid: tuple[int, int, int], stream: int) -> Any:
+        return grid, stream
+
+
 def test_captured_and_unaligned_calls_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "_local", SimpleNamespace())
     plan = torch.zeros(1, 8, dtype=torch.int32)
     cache = arguments()[1]
-    good = {"q": 256, "out": 512, "plan": 1024, "block_table": 4}
+    good = dict.fromkeys(("block_table", "partials", "merge_states"), 4)
+    good |= {"q": 256, "out": 512, "plan": 1024, "k_map": bytes(128)}  # type: ignore[dict-item]
 
-    def note(captured: bool = False, plan: Any = plan, **addresses: int) -> bool:
-        launched = SimpleNamespace(
-            kernel=None, grid=(1, 1, 1), stream=0, captured=captured, values=good | addresses
-        )
-        try:
-            recorded.note((), launched, cache, plan, None, ())  # type: ignore[arg-type]
-        except AttributeError:  # the kernel that is missing here: it would have been noted
-            return True
-        return False
+    def noted(captured: bool = False, plan: Any = plan, **addresses: int) -> bool:
+        local = SimpleNamespace()
+        monkeypatch.setattr(recorded, "_local", local)
+        values = good | addresses
+        launched = sm90.Launched(Kernel(), (1, 1, 1), 7, captured, values)  # type: ignore[arg-type]
+        recorded.note((), launched, cache, plan, None, ())
+        if not hasattr(local, "notes"):
+            return False
+        note = local.notes[()]
+        assert note.maps == {cache.data_ptr(): good["k_map"]}
+        assert note.places == {7: (((1, 1, 1), 7), 4, 4)}
+        return True
 
-    assert note()
-    assert not note(captured=True)
-    assert not note(q=258)
-    assert not note(out=8)
-    assert not note(plan=4)
-    assert not note(plan=plan.numpy())
-    assert not note(block_table=0)
+    assert noted()
+    assert not noted(captured=True)
+    assert not noted(q=258)
+    assert not noted(out=8)
+    assert not noted(block_table=0)
+    assert not noted(plan=plan.numpy())

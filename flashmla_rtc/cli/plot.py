@@ -1,4 +1,4 @@
-"""``plot``: a picture of what ``bench --json`` wrote. No GPU needed."""
+"""``plot``: a picture of what ``bench --json`` or ``timeline`` wrote. No GPU needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import CommandError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", choices=tuple(PICTURES), help="what to draw")
-    parser.add_argument("results", type=Path, help="a file that bench --json wrote")
+    parser.add_argument("results", type=Path, help="a file that bench --json or timeline wrote")
     parser.add_argument("output", type=Path, help="where to write it: .svg, .png or .pdf")
 
 
@@ -27,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             "plot needs matplotlib, which is not installed: pip install 'flashmla_rtc[plot]'."
         ) from None
-    needs = f"{arguments.picture} needs what bench --json writes."
+    source = "timeline" if arguments.picture == "timeline" else "bench --json"
+    needs = f"{arguments.picture} needs what {source} writes."
     try:
         figure = PICTURES[arguments.picture](document)
     except KeyError as error:
