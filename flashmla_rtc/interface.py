@@ -66,7 +66,6 @@ def flash_mla_with_kvcache(
             expected. Nothing has been launched.
         NotImplementedError: a feature that is not there yet, by name.
     """
-    key = None
     if (
         is_fp8_kvcache is False
         and indices is None
@@ -76,23 +75,21 @@ def flash_mla_with_kvcache(
         and topk_length is None
         and extra_topk_length is None
     ):
-        key = recorded.key_of(
-            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, out, lse
+        done = recorded.launch_again(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale,
+            causal,
+            out,
+            lse,
         )
-        if key is not None:
-            done = recorded.launch_again(
-                key,
-                q,
-                k_cache,
-                block_table,
-                cache_seqlens,
-                tile_scheduler_metadata,
-                num_splits,
-                out,
-                lse,
-            )
-            if done is not None:
-                return done
+        if done is not None:
+            return done
     checks.reject_unsupported(
         is_fp8_kvcache=is_fp8_kvcache,
         indices=indices,
@@ -145,9 +142,22 @@ def flash_mla_with_kvcache(
         launched = sm90.decode(
             shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
         )
-        if key is not None and not checks.validation_enabled():
-            made_for = metadata.made_for(shape, q_view.device)
-            recorded.note(key, launched, k_cache, tile_scheduler_metadata, num_splits, made_for)
+        if not checks.validation_enabled():
+            recorded.note(
+                launched,
+                metadata.made_for(shape, q_view.device),
+                q,
+                k_cache,
+                block_table,
+                cache_seqlens,
+                head_dim_v,
+                tile_scheduler_metadata,
+                num_splits,
+                softmax_scale,
+                causal,
+                out,
+                lse,
+            )
     return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)
 
 

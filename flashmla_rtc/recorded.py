@@ -2,126 +2,145 @@
 
 Checks, strides and flags depend on what tensors look like, not on where they lie. So a call on
 torch tensors is noted under everything that was looked at, and a call that finds its note writes
-its addresses into the packed parameters and launches: a fifth of the time. What has no note, or
-differs in any way, takes the long way through every check.
+its addresses into the packed parameters and launches. What has no note, or differs in any way,
+takes the long way through every check.
+
+A note holds no tensor: every call is looked at in full. Most calls look like a recent one, which
+torch can say of all tensors at once, in a third of the time that it takes to make the key that
+notes are kept under.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import struct
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import sm90
 from .metadata import FlashMLASchedMeta
+from .rtc.kernel import on_device
 from .sm90 import Launched
+from .validation import validation_enabled
 
-_ADDRESSES = struct.Struct("<128s8Q")
+ADDRESSES = (
+    "k_map",
+    "q",
+    "out",
+    "lse",
+    "block_table",
+    "cache_seqlens",
+    "plan",
+    "partials",
+    "merge_states",
+)
 """How the parameters of the decode kernel begin: the cache's tensor map and all addresses."""
 
+_pack_addresses = struct.Struct("<128s8Q").pack_into
+
 _MOST_NOTES = 1024
-_local = threading.local()
+_MOST_RECENT = 4
 _torch: Any = None
+
+Tensors = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
+"""q, k_cache, block_table, cache_seqlens, plan; then num_splits, out and lse, which may be None."""
+
+
+class _Local(threading.local):
+    """A thread's notes by key, and those whose tensors torch compares, last found first."""
+
+    recent: list[_Note] | None = None
+
+    def __init__(self) -> None:
+        self.notes: dict[tuple[Any, ...], _Note] = {}
+
+
+_local = _Local()
 
 
 class _Note:
-    """What was launched, for one thread. ``maps`` by the cache's address, ``places`` by stream."""
+    """What was launched, for one thread. ``maps`` by the cache's address, ``places`` by stream.
+
+    looks_same: whether the tensors given to it, as many as ``count``, look like those of the last
+        call that was found by its key. It may say no of tensors with the same key. Notes that are
+        not among the recent ones do without.
+    """
 
     __slots__ = (
         "buffer",
-        "kernel",
+        "causal",
+        "count",
+        "empty",
+        "head_dim_v",
+        "index",
+        "looks_same",
         "made_for",
         "maps",
+        "new_lse",
+        "new_out",
         "places",
-        "plan",
-        "plan_key",
-        "pointers",
         "replacements",
+        "softmax_scale",
     )
 
-    def __init__(self, launched: Launched, made_for: tuple[Any, ...], plan_key: Any) -> None:
-        self.kernel = launched.kernel
+    def __init__(self, key: tuple[Any, ...], launched: Launched, made_for: tuple[Any, ...]) -> None:
+        self.head_dim_v, self.softmax_scale, self.causal, look_of_q = key[:4]
+        (batch, seq_len_q, heads_q, _), _, dtype, self.index = look_of_q
+        self.new_out = _contiguous((batch, seq_len_q, heads_q, self.head_dim_v), dtype)
+        self.new_lse = _contiguous((batch, heads_q, seq_len_q), _torch.float32)
+        self.empty = _shortcuts()[1] or _empty
         self.replacements = sm90.replacements
         self.buffer = launched.kernel.pack(launched.values)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.made_for = made_for
+        self.count: int
+        self.looks_same: Callable[..., bool]
         self.maps: dict[int, bytes] = {}
-        self.places: dict[int, tuple[Any, int, int]] = {}
-        self.plan: tuple[Any, Any] = (None, None)
-        self.plan_key = plan_key
+        self.places: dict[int, tuple[Callable[[], tuple[Any, ...]], int, int]] = {}
 
 
 def key_of(
+    tensors: Tensors, head_dim_v: Any, softmax_scale: Any, causal: Any
+) -> tuple[Any, ...] | None:
+    """Everything about a call's arrays and numbers except addresses; None if it is not one of torch
+    tensors that can be noted.
+    """
+    if (
+        not (causal is True or causal is False)
+        or type(head_dim_v) is not int
+        or not (softmax_scale is None or type(softmax_scale) is float)
+    ):
+        return None
+    tensor_class = _tensor_class()
+    looks: list[Any] = []
+    try:
+        for tensor in tensors:
+            if type(tensor) is tensor_class:
+                # Where a tensor is contiguous its shape says all, but for strides never used.
+                stride = tensor.is_contiguous() or tensor.stride()
+                looks.append((tensor.shape, stride, tensor.dtype, tensor.get_device()))
+            elif tensor is None:
+                looks.append(None)
+            else:
+                return None
+    except RuntimeError:  # some layouts have no strides
+        return None
+    if None in looks[:5]:
+        return None
+    return head_dim_v, softmax_scale, causal, *looks
+
+
+def launch_again(
     q: Any,
     k_cache: Any,
     block_table: Any,
     cache_seqlens: Any,
     head_dim_v: Any,
-    softmax_scale: Any,
-    causal: Any,
-    out: Any,
-    lse: Any,
-) -> tuple[Any, ...] | None:
-    """Everything about a call's arrays and numbers except addresses; None if it is not one of torch
-    tensors that can be noted.
-    """
-    tensor = _tensor_class()
-    if (
-        type(q) is not tensor
-        or type(k_cache) is not tensor
-        or type(block_table) is not tensor
-        or type(cache_seqlens) is not tensor
-        or not (out is None or type(out) is tensor)
-        or not (lse is None or type(lse) is tensor)
-        or not (causal is True or causal is False)
-        or type(head_dim_v) is not int
-        or not (softmax_scale is None or type(softmax_scale) is float)
-    ):
-        return None
-    try:
-        return (
-            q.shape,
-            q.is_contiguous() or q.stride(),
-            q.dtype,
-            q.get_device(),
-            k_cache.shape,
-            k_cache.is_contiguous() or k_cache.stride(),
-            k_cache.dtype,
-            k_cache.get_device(),
-            block_table.shape,
-            block_table.is_contiguous() or block_table.stride(),
-            block_table.dtype,
-            block_table.get_device(),
-            cache_seqlens.shape,
-            cache_seqlens.is_contiguous() or cache_seqlens.stride(),
-            cache_seqlens.dtype,
-            cache_seqlens.get_device(),
-            head_dim_v,
-            softmax_scale,
-            causal,
-            None if out is None else _look(out),
-            None if lse is None else _look(lse),
-        )
-    except RuntimeError:  # some layouts have no strides
-        return None
-
-
-def _look(tensor: Any) -> tuple[Any, ...]:
-    # Where a tensor is contiguous its shape says all, but for strides that are never used.
-    stride = tensor.is_contiguous() or tensor.stride()
-    return tensor.shape, stride, tensor.dtype, tensor.get_device()
-
-
-def launch_again(
-    key: tuple[Any, ...],
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
     plan: Any,
     num_splits: Any,
+    softmax_scale: Any,
+    causal: Any,
     out: Any,
     lse: Any,
 ) -> tuple[Any, Any] | None:
@@ -129,66 +148,102 @@ def launch_again(
 
     Nothing has been launched then.
     """
-    notes = getattr(_local, "notes", None)
-    note: _Note | None = notes.get(key) if notes else None
-    if note is None or note.replacements != sm90.replacements:
+    recent = _local.recent
+    if recent is None:  # this thread has not noted anything yet
         return None
+    holder = None
     if type(plan) is FlashMLASchedMeta:
-        holder = plan
-        plan = holder.tile_scheduler_metadata
+        if num_splits is not None:
+            return None
+        holder, plan, num_splits = plan, plan.tile_scheduler_metadata, plan.num_splits
+
+    # torch must not be asked to compare nested tensors or, in old versions, those without elements
+    # in memory: it would end the process. The latter raise here.
+    try:
+        at_q, at_k, at_table = q.data_ptr(), k_cache.data_ptr(), block_table.data_ptr()
+        at_lengths, at_plan = cache_seqlens.data_ptr(), plan.data_ptr()
+        at_out = 0 if out is None else out.data_ptr()
+        at_lse = 0 if lse is None else lse.data_ptr()
         if (
-            num_splits is not None
-            or plan is None
-            or holder._used is not plan
-            or holder._made_for != note.made_for
+            q.is_nested
+            or k_cache.is_nested
+            or block_table.is_nested
+            or cache_seqlens.is_nested
+            or plan.is_nested
+            or (num_splits is not None and (num_splits.is_nested or not num_splits.data_ptr()))
+            or (out is not None and out.is_nested)
+            or (lse is not None and lse.is_nested)
         ):
             return None
-        num_splits = holder.num_splits
-    if plan is None or note.plan[0] is not plan or note.plan[1] is not num_splits:
-        if _plan_key(plan, num_splits) != note.plan_key:
-            return None
-        note.plan = (plan, num_splits)
-
-    try:
-        return _launch(note, key, q, k_cache, block_table, cache_seqlens, plan, out, lse)
-    except RuntimeError:  # a tensor without elements in memory, such as a sparse one
+    except Exception:  # arrays of other libraries, tensors of unusual kinds
         return None
 
+    # The number of tensors tells which are there. With one result given it would not; such a call
+    # is found by its key alone.
+    tensors: tuple[Any, ...]
+    if (out is None) is not (lse is None):
+        tensors = ()
+    elif out is None:
+        if num_splits is None:
+            tensors = (q, k_cache, block_table, cache_seqlens, plan)
+        else:
+            tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits)
+    elif num_splits is None:
+        tensors = (q, k_cache, block_table, cache_seqlens, plan, out, lse)
+    else:
+        tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
+    count = len(tensors)
+    for note in recent:
+        if (
+            note.count == count
+            and causal is note.causal
+            and (
+                head_dim_v is note.head_dim_v
+                or (type(head_dim_v) is int and head_dim_v == note.head_dim_v)
+            )
+            and (
+                softmax_scale is note.softmax_scale
+                or (type(softmax_scale) is float and softmax_scale == note.softmax_scale)
+            )
+            and note.looks_same(*tensors)
+        ):
+            break
+    else:
+        whole = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
+        key = key_of(whole, head_dim_v, softmax_scale, causal)
+        found = _local.notes.get(key) if key else None
+        if found is None:
+            return None
+        note = found
+        _remember(note, tensors, recent)
 
-def _launch(
-    note: _Note,
-    key: tuple[Any, ...],
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    plan: Any,
-    out: Any,
-    lse: Any,
-) -> tuple[Any, Any] | None:
-    index = key[3]
+    if note.replacements != sm90.replacements or validation_enabled():
+        return None
+    if holder is not None and (holder._used is not plan or holder._made_for != note.made_for):
+        return None
     c = _torch._C
-    if c._cuda_getDevice() != index or c._cuda_isCurrentStreamCapturing():
+    index = note.index
+    if c._cuda_getDevice() != index:
         return None
     stream = c._cuda_getCurrentRawStream(index)
+    if stream > 1 and c._cuda_isCurrentStreamCapturing():  # 0 and 1 can't be captured
+        return None
     place = note.places.get(stream)
-    k_map = note.maps.get(k_cache.data_ptr())
+    k_map = note.maps.get(at_k)
     if place is None or k_map is None:
         return None
-    config, partials, merge_states = place
     if out is None:
-        shape = key[0]
-        out = q.new_empty((shape[0], shape[1], shape[2], key[16]))
+        out = note.empty(*note.new_out)
+        at_out = out.data_ptr()
     if lse is None:
-        lse = q.new_empty((key[0][0], key[0][2], key[0][1]), dtype=_torch.float32)
-    at_q, at_out, at_plan = q.data_ptr(), out.data_ptr(), plan.data_ptr()
-    at_lse, at_table = lse.data_ptr(), block_table.data_ptr()
-    at_lengths = cache_seqlens.data_ptr()
+        lse = note.empty(*note.new_lse)
+        at_lse = lse.data_ptr()
     if (at_q | at_out | at_plan) & 15 or not (
         at_q and at_out and at_plan and at_lse and at_table and at_lengths
     ):
         return None
-    _ADDRESSES.pack_into(
+    launch, partials, merge_states = place
+    _pack_addresses(
         note.buffer,
         0,
         k_map,
@@ -201,20 +256,31 @@ def _launch(
         partials,
         merge_states,
     )
-    if not note.kernel.launch_packed(config, note.pointers):
-        return None  # this thread has no context yet, or another device's
+    if launch()[0]:
+        with on_device(index):  # this thread has no context yet, or another device's
+            if launch()[0]:
+                return None
     return out, lse
 
 
 def note(
-    key: tuple[Any, ...],
     launched: Launched | None,
+    made_for: tuple[Any, ...],
+    q: Any,
     k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: Any,
     plan: Any,
     num_splits: Any,
-    made_for: tuple[Any, ...],
+    softmax_scale: Any,
+    causal: Any,
+    out: Any,
+    lse: Any,
 ) -> None:
-    """Remember a call that was checked and launched. ``launched`` is None for one that was not."""
+    """Remember a call that was checked and launched. ``out`` and ``lse`` are what the caller gave;
+    ``made_for`` is the plan's. ``launched`` is None for a call that was not launched.
+    """
     if launched is None or launched.captured:
         return
     values = launched.values
@@ -222,32 +288,88 @@ def note(
         return
     if type(plan) is FlashMLASchedMeta:
         plan, num_splits = plan.tile_scheduler_metadata, plan.num_splits
-    plan_key = _plan_key(plan, num_splits)
-    if plan_key is None:
+    tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
+    key = key_of(tensors, head_dim_v, softmax_scale, causal)
+    if key is None:
         return
-    notes = getattr(_local, "notes", None)
-    if notes is None or len(notes) >= _MOST_NOTES:
-        notes = _local.notes = {}
+    notes = _local.notes
     found = notes.get(key)
-    if (
-        found is None
-        or found.replacements != sm90.replacements
-        or found.plan_key != plan_key
-        or found.made_for != made_for
-    ):
-        found = notes[key] = _Note(launched, made_for, plan_key)
+    if found is None or found.replacements != sm90.replacements:
+        if len(notes) >= _MOST_NOTES:
+            notes.clear()
+        _local.recent = []  # what was noted under the same key is not to be found any more
+        found = notes[key] = _Note(key, launched, made_for)
     if len(found.maps) >= _MOST_NOTES:
         found.maps.clear()
     found.maps[k_cache.data_ptr()] = values["k_map"]
-    config = launched.kernel.config(launched.grid, launched.stream)
-    found.places[launched.stream] = (config, values["partials"], values["merge_states"])
+    again = launched.kernel.again(launched.grid, launched.stream, found.buffer)
+    found.places[launched.stream] = (again, values["partials"], values["merge_states"])
 
 
-def _plan_key(plan: Any, num_splits: Any) -> tuple[Any, ...] | None:
-    tensor = _tensor_class()
-    if type(plan) is not tensor or not (num_splits is None or type(num_splits) is tensor):
-        return None
-    return _look(plan), None if num_splits is None else _look(num_splits)
+def _remember(note: _Note, tensors: tuple[Any, ...], recent: list[_Note]) -> None:
+    """Have torch compare the tensors of the next calls with these, which have the note's key."""
+    guards = _shortcuts()[0]
+    if guards is None or not tensors:
+        return
+    if note in recent:
+        recent.remove(note)
+    note.count = len(tensors)
+    note.looks_same = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    recent.insert(0, note)
+    del recent[_MOST_RECENT:]
+
+
+@functools.cache
+def _shortcuts() -> tuple[Any, Any]:
+    """What the programs that torch compiles use: ``TensorGuards``, which compares many tensors with
+    others at once, and an allocation without ceremony. None in place of one that is not there.
+
+    Neither is documented, so each has to show here that it does what is asked of it. Both are
+    looked at on the CPU, where the second has a sibling.
+    """
+    guards = empty = None
+    try:
+        tools = _torch._C._dynamo.guards
+        make = functools.partial(_torch.empty, device="cpu", dtype=_torch.float32)
+        check = tools.TensorGuards(
+            make(2, 3), make(4), dynamic_dims_sizes=None, dynamic_dims_strides=None
+        ).check
+        others = (
+            make(3, 2),
+            make(2, 3, 1),
+            make(3, 2).t(),
+            make(2, 3, dtype=_torch.int32),
+            make(2, 3, device="meta"),
+            _torch.nn.Parameter(make(2, 3), requires_grad=False),
+        )
+        if check(make(2, 3), make(4)) is True and not any(
+            check(other, make(4)) is not False for other in others
+        ):
+            guards = tools.TensorGuards
+    except Exception:
+        guards = None
+    try:
+        made = tools._empty_strided_cpu((2, 3), (3, 1), _torch.float16)
+        if (made.shape, made.stride(), made.dtype) == ((2, 3), (3, 1), _torch.float16):
+            empty = tools._empty_strided_cuda
+    except Exception:
+        empty = None
+    return guards, empty
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+    """A new tensor on the current device."""
+    return _torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+def _contiguous(shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
+    """The arguments of ``empty`` for a contiguous tensor."""
+    strides: list[int] = []
+    step = 1
+    for extent in reversed(shape):
+        strides.insert(0, step)
+        step *= extent
+    return shape, tuple(strides), dtype
 
 
 def _tensor_class() -> Any:

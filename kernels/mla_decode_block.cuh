@@ -21,12 +21,22 @@ static_assert(ROWS == BOX_ROWS && KEYS == BOX_ROWS, "rows and keys of a tile fil
 static_assert(BOXES == VALUE_BOXES + 1 && VALUE_BOXES == 8, "the roles below divide 8 value boxes and one rope box");
 
 constexpr int WARPGROUP = 128;
-constexpr int THREADS = 3 * WARPGROUP;
-constexpr int LEFT = 0, RIGHT = 1;  // sides, and the K slots that they own
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-constexpr int Q_LOADERS = 64;  // threads
+constexpr int THREADS = 4 * WARPGROUP;
+constexpr int LEFT = 0, RIGHT = 1;  // halves of the output's columns, and the warpgroups that hold them
+// Registers a thread, of 512 that the four warpgroups share. At the end the scorers give theirs to those who merge.
+constexpr int PRODUCER_REGISTERS = 32, SCORE_REGISTERS = 160, OUTPUT_REGISTERS = 160, MERGE_REGISTERS = 224;
+static_assert(PRODUCER_REGISTERS + SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= 512, "as many as there are");
+static_assert(2 * PRODUCER_REGISTERS + 2 * MERGE_REGISTERS <= 512, "as many as there are");
+constexpr int Q_LOADERS = 2;  // warps, the last of the producers'
 
-constexpr int ONE_SIDE = 1, BOTH_SIDES = 3;  // named barriers: ONE_SIDE + side, of a warpgroup alone (0 is __syncthreads)
+// Rings of shared memory. Two neighbouring boxes of values are a pair: half of what left or right reads of a block.
+constexpr int PAIR_BYTES = 2 * BOX_BYTES, PAIRS_A_BLOCK = VALUE_BOXES / 2, PAIRS = 11;
+constexpr int TAILS = 3;   // boxes for the rope columns of a block and then its probabilities
+constexpr int PIECES = 2;  // notes
+constexpr int Q_IN_REGISTERS = 6, Q_IN_SHARED = BOXES - Q_IN_REGISTERS;  // boxes
+constexpr int Q_PAIRS = Q_IN_REGISTERS / 2;                              // on the way to registers
+
+constexpr int SCORERS = 1, BOTH_SIDES = 3;  // named barriers (0 is __syncthreads)
 
 // The reference before any key: low enough that 2^(anything - m) vanishes, finite so that no inf - inf arises.
 constexpr float NO_REFERENCE = -1e30f;
@@ -44,41 +54,48 @@ struct Merge {
     int team;
     __device__ __forceinline__ int tasks() const { return strips * tasks_a_strip; }
 };
-// A request, or a piece of one, that a side works on.
+// A request, or a piece of one: what all roles have to know alike, so one of them finds it out.
 struct Piece {
-    int request;
-    u32 parity;             // of barriers that complete once a piece
     int length, limit_min;  // as in Request
     int first, last;        // its blocks of keys: [first, last)
+    int pair;               // where its query tile is: steps in the ring of pairs
 };
 
 constexpr int FRONT = 0, BACK = 1;  // the piece that a part begins with, and the one that it ends with
 
-struct alignas(1024) Shared {  // q_offset, k_offset and P0_OFFSET count on this order
-    u8 q[BOXES][BOX_BYTES];     // box 8 moves to registers at once; P1 takes its place
-    u8 k[2][BOXES][BOX_BYTES];  // [slot]
-    u8 p0[BOX_BYTES];
-    float row_reference[2][ROWS];
-    float row_sum[2][2][ROWS];  // [turn of the piece][side]
-    int page_is_valid[2];
-    Piece pieces[2];  // [side]
+struct alignas(1024) Shared {  // descriptors count on the order of the boxes
+    u8 pairs[PAIRS][2][BOX_BYTES];
+    u8 tails[TAILS][BOX_BYTES];
+    u8 q[Q_IN_SHARED][BOX_BYTES];  // the last boxes of the query tile
+    float row_factor[TAILS][ROWS];  // of the output so far, where rescales says so
+    int rescales[TAILS][4];         // [warp]
+    float row_reference[PIECES][ROWS];
+    float row_sum[PIECES][ROWS];
+    int page_is_valid[TAILS];
+    Piece pieces[PIECES];
     PlanRow plan_row;
     Merge merges[2];
     u8 phases[2][config::MAX_PARTS];  // of the merges' pieces: bit s is that of strip s, before this call
-    int left_task;  // whether a warp left a task of its merge behind
-    u64 q_full, q_in_registers, q_empty;
-    u64 k_full[2][BOXES];
-    u64 k_empty[2][3];  // V_L boxes, V_R boxes, rope box
-    u64 p_ready[2];     // [side]: its P and references are written
-    u64 sums_ready;
+    int left_task;                    // whether a warp left a task of its merge behind
+    u64 pair_full[PAIRS], pair_empty[PAIRS];
+    u64 tail_full[TAILS], tail_empty[TAILS];
+    u64 p_ready[TAILS];
+    u64 piece_ready[PIECES], piece_empty[PIECES];
+    u64 q_ready[PIECES], q_empty;
+    u64 sums_ready[PIECES];
     u64 merges_found;
 };
-constexpr int ROPE_BOXES_FREE = 2;  // k_empty[slot][LEFT | RIGHT | this]
 static_assert(sizeof(Shared) == config::SHARED_BYTES, "the host asks for exactly this much");
 static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper thread block");
 
 __device__ __forceinline__ void wait(const u64& barrier, u32 parity) {
     mbarrier_wait<config::TRAP_AFTER_SPINS>(shared_address(&barrier), parity);
+}
+
+// One arrival a warp: all its lanes have done what the barrier counts.
+__device__ __forceinline__ void arrive_as_warp(u64& barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
 }
 
 // What a thread block knows of one request: which keys its rows see.
@@ -144,8 +161,22 @@ __device__ __forceinline__ float quad_sum(float x) {
 // at a known address (mla_decode checks it). Computed at run time, descriptors would fill registers that the output needs
 // or keep the tensor cores waiting for them.
 __device__ constexpr u64 descriptor(u32 offset) { return swizzled_descriptor(config::SHARED_BASE + offset); }
-__device__ constexpr u32 q_offset(int box) { return box * BOX_BYTES; }
-__device__ constexpr u32 k_offset(int slot, int box) { return sizeof(Shared::q) + (slot * BOXES + box) * BOX_BYTES; }
-constexpr u32 P0_OFFSET = k_offset(2, 0), P1_OFFSET = q_offset(ROPE_BOX);
+constexpr u32 TAILS_OFFSET = PAIRS * PAIR_BYTES, Q_OFFSET = TAILS_OFFSET + TAILS * BOX_BYTES;
+// From one to the next, in descriptors of places that are known at run time alone.
+constexpr u64 NEXT_PAIR = PAIR_BYTES >> 4, NEXT_BOX = BOX_BYTES >> 4;
+
+// A place in a ring of `SIZE`, in one register: steps from the beginning, modulo two rounds.
+template <int SIZE>
+struct Ring {
+    int steps;
+    __device__ __forceinline__ explicit Ring(int steps = 0) : steps(steps) {}
+    __device__ __forceinline__ int at() const { return steps < SIZE ? steps : steps - SIZE; }
+    __device__ __forceinline__ u32 turn() const { return steps >= SIZE; }  // rounds so far, modulo 2: what barriers are asked for
+    // The place `more` steps further, fewer than two rounds.
+    __device__ __forceinline__ Ring operator+(int more) const {
+        return Ring(steps + more < 2 * SIZE ? steps + more : steps + more - 2 * SIZE);
+    }
+    __device__ __forceinline__ void operator+=(int more) { *this = *this + more; }
+};
 
 }  // namespace

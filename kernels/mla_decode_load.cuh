@@ -8,43 +8,69 @@
 
 namespace {
 
-// Fills one K slot: the even (slot 0) or odd (slot 1) blocks of every piece. One lane does it all.
-__device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slot, int first_row) {
-    const u64 policy = gridDim.x > 1 ? l2_evict_normal() : l2_evict_first();  // several row blocks share K through L2
-    const int kv_head = blockIdx.y;
-    u32 parity = 0;
-    Trace trace(TRACE_LOADER, slot == 0);
-    const Part part(shared.plan_row, gridDim.z, params.batch);
-    for (int number = part.first_request; number <= part.last_request; number++) {
+// Finds out what each piece of the part is, tells the others, and has its blocks of keys copied. One thread does it.
+__device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared& shared) {
+    auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
+    const u64 policy = gridDim.x > 1 ? L2_EVICT_NORMAL : L2_EVICT_FIRST;  // several row blocks share K through L2
+    Trace trace(TRACE_LOADER, true);
+    Ring<PAIRS> pair;
+    Ring<TAILS> tail;
+    Ring<PIECES> note;
+    int asked = 0;  // blocks so far: none, one, or more
+    for (int number = part().first_request; number <= part().last_request; number++) {
         const int* table = params.block_table + number * params.block_table_stride;
-        const int begin = min(part.begin(number) + slot, params.max_blocks - 1);
-        int page = begin >= 0 ? load_now(table + begin) : -1;  // under way while the length arrives
-        const Request request(params, number, first_row);
-        const int first = part.first(number, request.blocks()), last = part.last(number, request.blocks());
-        for (int block = first + slot; block < last; block += 2) {
+        auto page_of = [&](int block) { return block < params.max_blocks ? load_now(table + block) : -1; };
+        const int begin = part().begin(number);
+        int page = page_of(begin), next_page = page_of(begin + 1);  // under way while the length arrives
+        const Request request(params, number, blockIdx.x * ROWS);
+        const int first = part().first(number, request.blocks()), last = part().last(number, request.blocks());
+        wait(shared.piece_empty[note.at()], note.turn() ^ 1);
+        shared.pieces[note.at()] = {request.length, request.limit_min, first, last, pair.steps};
+        mbarrier_arrive(shared_address(&shared.piece_ready[note.at()]));
+        note += 1;
+        pair += Q_PAIRS;
+
+        for (int block = first; block < last; block++) {
             // A page out of range: the copy engine fills in zeros and the scores will be masked.
             const bool valid = page >= 0 && page < params.num_blocks;
             const int coordinate = valid ? page : -1;
-            page = block + 2 < last ? table[block + 2] : -1;  // fetched ahead
-
-            auto load = [&](int box) {
-                const u32 barrier = shared_address(&shared.k_full[slot][box]);
-                mbarrier_arrive_expect(barrier, BOX_BYTES);
-                tma_load_4d(shared_address(shared.k[slot][box]), &params.k_map, barrier, box * BOX_COLUMNS, 0, kv_head,
-                            coordinate, policy);
+            page = next_page;
+            next_page = page_of(block + 2);
+            auto load = [&](u8* box, u32 full, int column) {
+                tma_load_4d(shared_address(box), &params.k_map, full, column, 0, blockIdx.y, coordinate, policy);
             };
-            wait(shared.k_empty[slot][ROPE_BOXES_FREE], parity ^ 1);
-            trace.mark(TRACE_FREE);
-            shared.page_is_valid[slot] = valid;
-            load(ROPE_BOX);
-            for (int half = 0; half < 2; half++) {  // the owner of the slot frees its own half first
-                const int side = slot ^ half;
-                wait(shared.k_empty[slot][side], parity ^ 1);
-#pragma unroll
-                for (int box = 0; box < HALF_BOXES; box++) load(side * HALF_BOXES + box);
+            // With one row block memory is the limit, and it gets slower when it is asked for more at once than keeps it busy. So
+            // the second block is asked for as the first lands, and each later one when two before it are done with.
+            const bool is_paced = gridDim.x == 1;
+            if (is_paced && asked > 1) {
+                const Ring<TAILS> done = tail + (2 * TAILS - 2);
+                wait(shared.tail_empty[done.at()], done.turn());
             }
+            trace.mark(TRACE_FREE);
+#pragma unroll
+            for (int i = 0; i < PAIRS_A_BLOCK; i++) {
+                if (is_paced && asked == 1 && block > first) {
+                    const Ring<PAIRS> landed = pair + (2 * PAIRS - PAIRS_A_BLOCK + i);
+                    wait(shared.pair_full[landed.at()], landed.turn());
+                }
+                if (i == PAIRS_A_BLOCK - 1) {  // before the pair whose place gets free last
+                    wait(shared.tail_empty[tail.at()], tail.turn() ^ 1);
+                    shared.page_is_valid[tail.at()] = valid;
+                    const u32 full = shared_address(&shared.tail_full[tail.at()]);
+                    mbarrier_arrive_expect(full, BOX_BYTES);
+                    load(shared.tails[tail.at()], full, HEAD_DIM_V);
+                }
+                const Ring<PAIRS> to = pair + i;
+                wait(shared.pair_empty[to.at()], to.turn() ^ 1);
+                const u32 full = shared_address(&shared.pair_full[to.at()]);
+                mbarrier_arrive_expect(full, PAIR_BYTES);
+                load(shared.pairs[to.at()][0], full, i * 2 * BOX_COLUMNS);
+                load(shared.pairs[to.at()][1], full, (i * 2 + 1) * BOX_COLUMNS);
+            }
+            tail += 1;
+            asked = min(asked + 1, 2);
             trace.mark(TRACE_ISSUED);
-            parity ^= 1;
+            pair += PAIRS_A_BLOCK;
         }
     }
 }
@@ -52,45 +78,59 @@ __device__ void produce_k(const MlaDecodeParams& params, Shared& shared, int slo
 // Copies the 64 query rows of every piece to shared memory, in the boxes that TMA would have made: rows are pairs
 // (query, head), which no tensor map can cut into runs of 64 for every head count. A warp takes 32 rows; each lane
 // finds where one of them lies, then 8 lanes at a time copy a row's 128 bytes of a box.
-__device__ void produce_q(const MlaDecodeParams& params, Shared& shared, int first_row) {
-    constexpr int ROWS_A_WARP = ROWS / (Q_LOADERS / 32);
+__device__ void produce_q(const MlaDecodeParams& params, Shared& shared) {
+    constexpr int ROWS_A_WARP = ROWS / Q_LOADERS;
     static_assert(ROWS_A_WARP == 32, "one row a lane");
-    u32 parity = 0;
-    for (int number = Part(shared.plan_row, gridDim.z, params.batch).first_request;
-         number <= Part(shared.plan_row, gridDim.z, params.batch).last_request; number++) {
-        const int thread = here(threadIdx.x), lane = thread % 32, warp_row = (thread / 32 - 2) * ROWS_A_WARP;
-        const int group_row = first_row + warp_row + lane;
+    auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
+    Ring<PIECES> note;
+    for (int number = part().first_request; number <= part().last_request; number++) {
+        Ring<PAIRS> pair;  // the first piece's is known
+        if (number > part().first_request) {
+            wait(shared.piece_ready[note.at()], note.turn());
+            pair.steps = shared.pieces[note.at()].pair;
+        }
+#pragma unroll 1
+        for (int i = 0; i < Q_PAIRS; i++) {
+            const Ring<PAIRS> to = pair + i;
+            wait(shared.pair_empty[to.at()], to.turn() ^ 1);
+            if (here(threadIdx.x) == WARPGROUP - 32) mbarrier_arrive(shared_address(&shared.pair_full[to.at()]));  // in step with the ring
+        }
+        auto box_at = [&](int box) {
+            const Ring<PAIRS> first(here(pair.steps));  // no addresses kept, for want of registers
+            return box < Q_IN_REGISTERS ? shared_address(shared.pairs[(first + box / 2).at()][box % 2])
+                                        : shared_address(shared.q[box - Q_IN_REGISTERS]);
+        };
+        wait(shared.q_empty, note.at() ^ 1);
+        const int thread = here(threadIdx.x), lane = thread % 32, warp_row = (thread / 32 - (WARPGROUP / 32 - Q_LOADERS)) * ROWS_A_WARP;
+        const int group_row = here(blockIdx.x) * ROWS + warp_row + lane;
         const bool row_exists = group_row < params.rows_per_group;
         const RowPlace place(params, group_row);
         const i64 row_offset = place.query * params.q_stride_seq + place.head * params.q_stride_head;
-        const u16* const lane_row = params.q + (row_exists ? number * params.q_stride_batch + row_offset : 0);
-        wait(shared.q_empty, parity ^ 1);
+        const u64 lane_row = row_exists ? reinterpret_cast<u64>(params.q + number * params.q_stride_batch + row_offset) : 0;
 #pragma unroll 1
         for (int group = 0; group < ROWS_A_WARP; group += 4) {
             const int owner = group + lane / 8, row = warp_row + owner, chunk = lane % 8;
-            const u16* source = reinterpret_cast<const u16*>(
-                                    __shfl_sync(0xFFFFFFFF, reinterpret_cast<u64>(lane_row), owner)) + chunk * 8;
-            const bool valid = __shfl_sync(0xFFFFFFFF, static_cast<int>(row_exists), owner) != 0;
-            u8* destination = shared.q[0] + box_offset(row, chunk);
+            const u64 source_row = __shfl_sync(0xFFFFFFFF, lane_row, owner);
+            const bool valid = source_row != 0;
+            const u16* source = reinterpret_cast<const u16*>(source_row) + chunk * 8;
+            const u32 at = box_offset(row, chunk);
             if (params.q_is_aligned) {
 #pragma unroll
-                for (int box = 0; box < BOXES; box++) {
-                    copy_async_16(shared_address(destination + box * BOX_BYTES), source + box * BOX_COLUMNS, valid);
-                }
+                for (int box = 0; box < BOXES; box++) copy_async_16(box_at(box) + at, source + box * BOX_COLUMNS, valid);
             } else {
 #pragma unroll 1
                 for (int i = 0; i < BOXES * 8; i++) {
                     const int box = i / 8, element = i % 8;
-                    reinterpret_cast<u16*>(destination + box * BOX_BYTES)[element] =
-                        valid ? source[box * BOX_COLUMNS + element] : static_cast<u16>(0);
+                    store_shared(box_at(box) + at + element * 2, valid ? source[box * BOX_COLUMNS + element] : static_cast<u16>(0));
                 }
             }
         }
         copy_async_wait_all();
         fence_async_shared();
-        mbarrier_arrive(shared_address(&shared.q_full));
-        parity ^= 1;
-        if (number == Part(shared.plan_row, gridDim.z, params.batch).first_request) find_merge(params, shared, warp_row == 0 ? FRONT : BACK, first_row);
+        note = Ring<PIECES>(here(note.steps));
+        mbarrier_arrive(shared_address(&shared.q_ready[note.at()]));
+        arrive_as_warp(shared.piece_empty[note.at()], here(threadIdx.x) % 32);
+        note += 1;
     }
 }
 

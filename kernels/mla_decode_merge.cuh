@@ -304,13 +304,13 @@ struct MergedRows {
     }
 };
 
-// What the warps of a team leave for each other, where Q and K were.
+// What the warps of a team leave for each other, where keys were.
 struct Team {
     float4 output[CONSUMER_WARPS][STRIP_GROUPS][32];
     float4 weights[CONSUMER_WARPS][32];
     int complete[CONSUMER_WARPS];
 };
-static_assert(sizeof(Team) <= sizeof(Shared::q) + sizeof(Shared::k), "a team's sums fit in Q and K");
+static_assert(sizeof(Team) <= sizeof(Shared::pairs), "a team's sums fit in the slots");
 
 // Adds the sums of the team's warps for one group.
 __device__ __forceinline__ PieceSum<1> add_team(const Team& team, int group, int lane) {
@@ -366,7 +366,7 @@ __device__ __forceinline__ bool merge_task(const MlaDecodeParams& params, Team& 
 __device__ __forceinline__ void merge_share(
     const MlaDecodeParams& params, Shared& shared, int end, int request, int warp, int lane, Trace& trace) {
     const Merge& merge = shared.merges[end];
-    Team& team = reinterpret_cast<Team&>(shared.q);  // Q and K are done with: both sides have all sums
+    Team& team = reinterpret_cast<Team&>(shared.pairs);  // both sides are done with keys
 #pragma unroll 1
     for (int task = uniform(merge.team ? merge.piece : merge.piece * CONSUMER_WARPS + warp); task < uniform(merge.tasks());
          task += uniform(merge.workers)) {
@@ -420,7 +420,10 @@ __device__ __forceinline__ void depart(
     const int head = piece_slot(merge.head, gridDim.z, true), after = piece_slot(merge.head, gridDim.z, false);
     MergeState& state = MergeState::of(params, head);
     u32 before = 0;
-    if (lane == 0) before = atomic_add(&state.departures, 1 + (left_task << 16));
+    if (lane == 0) {
+        if (left_task) memory_fence();  // what another warp left behind is known before its departure is
+        before = atomic_add(&state.departures, 1 + (left_task << 16));
+    }
     __syncwarp();
     before = __shfl_sync(0xFFFFFFFF, before, 0);
     if ((before & 0xFFFF) + 1 != merge.pieces) return;

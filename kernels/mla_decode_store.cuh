@@ -36,9 +36,22 @@ __device__ __forceinline__ float largest_of_row(const float (&output)[128], int 
     return quad_max(fmaxf(even, odd));
 }
 
+// The scorers' account of a piece: of this thread's two rows.
+struct RowSums {
+    float reference[2], sum[2];
+    __device__ __forceinline__ RowSums(const Shared& shared, int note) {
+        const Place place(here(threadIdx.x));
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            reference[half] = shared.row_reference[note][place.row(half)];
+            sum[half] = shared.row_sum[note][place.row(half)];
+        }
+    }
+};
+
 // A piece of a cut request, for the merge: the accumulators as they are, or in halves, and what they are relative to.
 __device__ __forceinline__ void write_partial(const MlaDecodeParams& params, const Shared& shared, int end, const float (&output)[128],
-    const float (&reference)[2], const float (&sum)[2], const Place& place, int side) {
+    const RowSums& rows, const Place& place, int side) {
     const int strip = place.warp * 2 + side, slot = piece_slot(blockIdx.z, gridDim.z, end == BACK);
     const Merge& merge = shared.merges[end];
     if (strip >= merge.strips) return;
@@ -48,7 +61,7 @@ __device__ __forceinline__ void write_partial(const MlaDecodeParams& params, con
     float relative_to[2], kept_relative_to[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        relative_to[half] = sum[half] == 0.0f ? NO_REFERENCE : reference[half] * params.scale_log2;
+        relative_to[half] = rows.sum[half] == 0.0f ? NO_REFERENCE : rows.reference[half] * params.scale_log2;
         kept_relative_to[half] = relative_to[half];
     }
     if (in_halves) {
@@ -77,34 +90,33 @@ __device__ __forceinline__ void write_partial(const MlaDecodeParams& params, con
     }
     if (place.leads_quad()) {
         PieceWords* const at = to - place.lane + lines_a_strip(in_halves) * 32 + place.lane / 4 * 2;
-        const PieceWords weights = {{relative_to[0], relative_to[1]}, {sum[0], sum[1]}};
+        const PieceWords weights = {{relative_to[0], relative_to[1]}, {rows.sum[0], rows.sum[1]}};
         const PieceWords kept = {{kept_relative_to[0], kept_relative_to[1]}, {0.0f, 0.0f}};
         weights.store(at, phase);
         kept.store(at + 1, phase);
     }
 }
 
-// A whole request: 16-bit, in the caller's strides.
-__device__ __forceinline__ void write_output(const MlaDecodeParams& params, const float (&output)[128],
-    const float (&reference)[2], const float (&sum)[2], const Place& place, int side, int first_row, int request) {
-    const int first_column = side * (HEAD_DIM_V / 2);
+// A whole request: 16-bit, in the caller's strides. All is rounded first, which sets half of the registers free.
+__device__ __forceinline__ void write_output(const MlaDecodeParams& params, const float (&output)[128], const RowSums& rows, const Place& place,
+    int side, int request) {
+    const RowSum row_sums[2] = {RowSum(rows.sum[0], rows.reference[0] * params.scale_log2), RowSum(rows.sum[1], rows.reference[1] * params.scale_log2)};
+    const float inverse[2] = {row_sums[0].inverse(), row_sums[1].inverse()};
+    u32 rounded[64];
+#pragma unroll
+    for (int i = 0; i < 64; i++) rounded[i] = here(pack2<Element>(output[i * 2] * inverse[i % 2], output[i * 2 + 1] * inverse[i % 2]));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = first_row + place.row(half);
+        const int row = blockIdx.x * ROWS + place.row(half);
         const bool valid = row < params.rows_per_group;
-        const RowSum row_sum(sum[half], reference[half] * params.scale_log2);
-        const float inverse = row_sum.inverse();
         const RowPlace at(params, row);
         u16* out = params.out + request * params.out_stride_batch + at.query * params.out_stride_seq +
-                   at.head * params.out_stride_head + first_column + place.lane % 4 * 8;
+                   at.head * params.out_stride_head + side * (HEAD_DIM_V / 2) + place.lane % 4 * 8;
 #pragma unroll
         for (int group = 0; group < 32; group += 4) {
             u32 words[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int index = (group + i) * 4 + half * 2;
-                words[i] = pack2<Element>(output[index] * inverse, output[index + 1] * inverse);
-            }
+            for (int i = 0; i < 4; i++) words[i] = rounded[(group + i) * 2 + half];
             transpose_quad(words, place.lane);
             if (!valid) continue;
             if (params.out_is_aligned) {
@@ -116,7 +128,7 @@ __device__ __forceinline__ void write_output(const MlaDecodeParams& params, cons
         }
         if (side == LEFT && valid && place.leads_quad()) {
             params.lse[request * params.lse_stride_batch + at.head * params.lse_stride_head + at.query * params.lse_stride_seq] =
-                row_sum.lse();
+                row_sums[half].lse();
         }
     }
 }

@@ -3,8 +3,8 @@
 #pragma once
 #include "ptx/types.cuh"
 
-// Roles: left, right, the loader of even K blocks, and left and right again when they merge.
-constexpr int TRACE_ROLES = 5, TRACE_LOADER = 2, TRACE_MERGING = 3;
+// Roles: left, right, the loader of K, left and right again when they merge, and the scorers.
+constexpr int TRACE_ROLES = 6, TRACE_LOADER = 2, TRACE_MERGING = 3, TRACE_SCORER = 5;
 constexpr int TRACE_BLOCKS = 256;  // of the grid, in the order of their numbers; later ones leave no trace
 
 // One event: nanoseconds of the device's clock in the high half, then 26 bits of the SM's cycle counter, then the kind. The

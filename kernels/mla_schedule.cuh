@@ -2,7 +2,7 @@
 //
 // Model. Costs count 1/16 of the time that one part needs for one block of 64 keys. A request of n blocks costs
 // segment_cost + 16 n. A cut costs segment_cost once more (the query tile is loaded and an output written again) and
-// piece_cost for each piece (float32 partials). Any cut at all brings a merge: merge_cost, merge_longest_cost / 16 a
+// piece_cost for each piece (its output goes to the workspace). Any cut at all brings a merge: merge_cost, merge_longest_cost / 16 a
 // piece of the most divided request, and merge_cut_cost / 16 a cut. The finish time of a plan is its dearest part plus its merge.
 //
 // Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests). Its cuts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import struct
 import sys
 import threading
@@ -95,7 +96,7 @@ class Driver:
         return CUresult.CUDA_SUCCESS, index + 10
 
     def _cuDeviceGetName(self, size: int, device: int) -> tuple[Any, ...]:
-        return CUresult.CUDA_SUCCESS, b"NVIDIA H100\0\0\0"
+        return CUresult.CUDA_SUCCESS, b"NVIDIA H100\0".ljust(size)  # as the bindings give it
 
     def _cuDeviceGetAttribute(self, name: str, device: int) -> tuple[Any, ...]:
         return CUresult.CUDA_SUCCESS, {"sms": 132, "major": 9, "minor": 0, "reserved": 1024}[name]
@@ -423,6 +424,32 @@ def test_a_launch_that_fails_names_the_kernel_and_its_grid(
         launcher(driver).launch((0, 1, 1), 0, values())
     for words in ("kernel_a", "(0, 1, 1)", "invalid argument"):
         assert words in str(caught.value)
+
+
+def test_a_launch_is_made_again_with_what_the_buffer_holds_then(driver: Driver) -> None:
+    kernel_a = launcher(driver)
+    buffer = kernel_a.pack(values(1))
+    again = kernel_a.again((2, 3, 4), 0x55, buffer)
+    assert driver.launches == []
+    assert again()[0] == 0
+    PARAMS.pack_into(buffer, values(2))
+    del buffer
+    gc.collect()  # the launch keeps what it points at
+    assert again()[0] == 0
+    kernel_a.launch((2, 3, 4), 0x55, values(3))
+    configs, functions, parameters = zip(*driver.launches, strict=True)
+    assert parameters == (packed(1), packed(2), packed(3))
+    assert configs[0] is configs[1] is configs[2]
+    assert len(set(functions)) == 1
+
+
+def test_a_launch_that_is_made_again_and_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(cuLaunchKernelEx=refuse(CUresult.CUDA_ERROR_INVALID_VALUE))
+    install(monkeypatch, driver)
+    kernel_a = launcher(driver)
+    again = kernel_a.again((1, 1, 1), 0, kernel_a.pack(values()))
+    assert again()[0] == CUresult.CUDA_ERROR_INVALID_VALUE
+    assert driver.launches == []
 
 
 def test_nothing_is_launched_with_a_parameter_missing(driver: Driver) -> None:

@@ -209,8 +209,18 @@ def test_the_kernel_has_the_same_kinds_and_roles() -> None:
     assert tuple(name.lower() for name in re.findall(r"^    TRACE_(\w+),", text, re.M)) == (
         timeline.KINDS
     )
-    assert f"TRACE_ROLES = {len(timeline.ROLES)}," in text
+    for name, number in (
+        ("ROLES", len(timeline.ROLES)),
+        ("LOADER", timeline.ROLES.index("loader")),
+        ("MERGING", timeline.ROLES.index("left merging")),
+        ("SCORER", timeline.ROLES.index("scorer")),
+    ):
+        assert re.search(rf"\bTRACE_{name} = {number}[,;]", text), name
+    # The side of a warpgroup is its role, and its role when it merges is that many further.
+    assert timeline.ROLES[:2] == ("left", "right")
+    assert timeline.ROLES.index("right merging") == timeline.ROLES.index("left merging") + 1
     assert set(pictures._PHASES) == set(timeline.KINDS) - {"none", "start"}
+    assert sorted(pictures._ROLES) == sorted(timeline.ROLES)
 
 
 def test_a_foreign_document_is_told_which_command_it_takes(
@@ -237,6 +247,48 @@ def test_the_timeline_shows_first_middle_and_last_and_leaves_out_the_idle() -> N
     assert "keys 64" in axes.get_title()
     with pytest.raises(KeyError, match="blocks"):
         pictures.timeline({**document, "blocks": []})
+
+
+def test_the_timeline_shows_roles_from_the_keys_to_the_result() -> None:
+    start = event("start", 0, 5_000)
+    log = log_of(
+        {
+            0: {
+                "left": [start, event("output", 4_000), event("sums", 5_000, 10_000)],
+                "loader": [start, event("free", 1_000, 6_000), event("issued", 2_000, 7_000)],
+                "left merging": [event("start", 5_000, 10_000), event("fetched", 7_000, 12_000)],
+                "scorer": [
+                    start,
+                    event("q", 1_000, 6_000),
+                    event("scores", 2_000),
+                    event("p", 3_000, 8_000),
+                ],
+            }
+        }
+    )
+    document = {
+        "device": "a device",
+        "shape": {"batch": 1, "seq_len_q": 1, "heads_q": 16, "seqlen": 64},
+        "blocks": timeline.decode_log(log),
+    }
+    figure = pictures.timeline(document)
+    axes = figure.axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"block 0, {role}" for role in ("loader", "scorer", "left", "left merging")]
+    drawn: dict[int, list[tuple[str, float, float]]] = {}
+    for bars in axes.containers:
+        (bar,) = bars.patches
+        row = round(bar.get_y() + bar.get_height() / 2)
+        drawn.setdefault(row, []).append((bars.get_label(), bar.get_x(), bar.get_width()))
+    said = {kind: text for kind, (text, _) in pictures._PHASES.items()}
+    assert drawn == {
+        0: [(said["free"], 0, 1), (said["issued"], 1, 1)],
+        1: [(said["q"], 0, 1), (said["scores"], 1, 1), (said["p"], 2, 1)],
+        2: [(said["output"], 0, 4), (said["sums"], 4, 1)],
+        3: [(said["fetched"], 5, 2)],
+    }
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(legend) == sorted({text for row in drawn.values() for text, *_ in row})
 
 
 def test_without_a_gpu_the_timeline_says_what_it_needs(

@@ -178,18 +178,20 @@ def speedup(document: Document) -> Figure:
     return figure
 
 
-# What a consumer did until the event, and in which colour; the same for the loader.
+# What a role did until the event, and in which colour.
 _PHASES = {
     "q": ("waits for Q", "#BBBBBB"),
     "scores": ("S = Q Kᵀ, and the wait for K", "#0072B2"),
     "p": ("softmax", "#E69F00"),
-    "output": ("O += P V, both blocks", "#009E73"),
-    "sums": ("waits for the other side", "#BBBBBB"),
+    "output": ("O += P V, and the wait for P", "#009E73"),
+    "sums": ("waits for the sums of rows", "#BBBBBB"),
     "written": ("writes", "#D55E00"),
     "fetched": ("waits for other pieces, adds them", "#CC79A7"),
     "issued": ("asks for K", "#56B4E9"),
     "free": ("waits for room", "#DDDDDD"),
 }
+# From the keys to the result.
+_ROLES = ("loader", "scorer", "left", "right", "left merging", "right merging")
 
 
 def timeline(document: Document) -> Figure:
@@ -208,15 +210,14 @@ def timeline(document: Document) -> Figure:
         raise KeyError("blocks")
     chosen = dict.fromkeys(ends[index][1] for index in (0, len(ends) // 2, -1))
     blocks = {block["block"]: block["roles"] for block in document["blocks"]}
-    figure = _figure(10, 1.2 + 1.5 * len(chosen))
+    rows = [(number, role) for number in chosen for role in _ROLES if role in blocks[number]]
+    figure = _figure(10, 1.2 + 0.3 * len(rows))
     axes = figure.add_subplot()
-    labels: list[str] = []
-    for number in chosen:
-        for role, events in blocks[number].items():
-            for (_, begin), (kind, end) in pairwise(events):
-                text, color = _PHASES[kind]
-                axes.barh(len(labels), end - begin, left=begin, color=color, label=text)
-            labels.append(f"block {number}, {role}")
+    for at, (number, role) in enumerate(rows):
+        for (_, begin), (kind, end) in pairwise(blocks[number][role]):
+            text, color = _PHASES[kind]
+            axes.barh(at, end - begin, left=begin, color=color, label=text)
+    labels = [f"block {number}, {role}" for number, role in rows]
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.invert_yaxis()
     handles, texts = axes.get_legend_handles_labels()

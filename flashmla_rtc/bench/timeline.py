@@ -17,7 +17,7 @@ from .problem import Pool, own_calls
 from .shapes import Shape
 
 EVENTS = 96  # a role; later ones are not kept
-ROLES = ("left", "right", "loader", "left merging", "right merging")
+ROLES = ("left", "right", "loader", "left merging", "right merging", "scorer")
 KINDS = (
     "none",
     "start",

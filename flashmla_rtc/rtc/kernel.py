@@ -86,7 +86,8 @@ def device_facts(index: int) -> DeviceFacts:
 
     return DeviceFacts(
         index,
-        call("cuDeviceGetName", 128, device).decode().rstrip("\0"),
+        # The bindings give the whole buffer: spaces follow the zero at the end of the name.
+        call("cuDeviceGetName", 128, device).partition(b"\0")[0].decode(),
         read("MULTIPROCESSOR_COUNT"),
         (read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")),
         read("RESERVED_SHARED_MEMORY_PER_BLOCK"),

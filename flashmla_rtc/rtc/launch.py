@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .kernel import DriverError, LoadedKernel, _reason, driver
@@ -35,11 +37,10 @@ class Launcher:
 
         The kernel's device must be current. Raises DriverError.
         """
+        config = self.config(grid, stream)
         local = self._local
-        if not hasattr(local, "configs"):
-            self._prepare_thread()
         self.params.pack_into(local.buffer, values)
-        status = self._launch(self.config(grid, stream), self.kernel.handle, local.pointers, 0)[0]
+        status = self._launch(config, self.kernel.handle, local.pointers, 0)[0]
         if status != self._success:
             raise DriverError(
                 f"Launching {self.kernel.name} with grid {grid} failed: "
@@ -47,21 +48,27 @@ class Launcher:
             )
 
     def pack(self, values: dict[str, Any]) -> Any:
-        """``values`` in a buffer of their own, for :meth:`launch_packed`."""
+        """``values`` in a buffer of their own, for :meth:`again`."""
         buffer = ctypes.create_string_buffer(self.params.size)
         self.params.pack_into(buffer, values)
         return buffer
 
-    def launch_packed(self, config: Any, pointers: Any) -> bool:
-        """Launch with what the array ``pointers`` points at, by a ``config`` of :meth:`config`.
+    def again(self, grid: Grid, stream: int, buffer: Any) -> Callable[[], tuple[Any, ...]]:
+        """What launches with the parameters that are in ``buffer`` then, for the calling thread.
 
-        Whether the driver took it; if not, nothing was launched.
+        It returns the driver's answer, which begins with 0 if the kernel was launched.
         """
-        handle = self.kernel.handle
-        return bool(self._launch(config, handle, ctypes.addressof(pointers), 0)[0] == self._success)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        address = ctypes.addressof(pointers)
+        config = self.config(grid, stream)
+        launch = functools.partial(self._launch, config, self.kernel.handle, address, 0)
+        launch.kept = buffer, pointers  # type: ignore[attr-defined]  # addresses keep nothing alive
+        return launch
 
     def config(self, grid: Grid, stream: int) -> Any:
         """How the driver names a launch of ``grid`` on ``stream``, kept for this thread."""
+        if not hasattr(self._local, "configs"):
+            self._prepare_thread()
         configs: dict[tuple[Grid, int], Any] = self._local.configs
         found = configs.get((grid, stream))
         if found is None:

@@ -12,19 +12,8 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// L2 policy: this data is read once, evict it first.
-__device__ __forceinline__ u64 l2_evict_first() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// L2 policy: other thread blocks read this data soon, keep it as usual.
-__device__ __forceinline__ u64 l2_evict_normal() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
+// L2 policies, as createpolicy makes them: this data is read once, evict it first; or others read it soon, keep it as usual.
+constexpr u64 L2_EVICT_FIRST = 0x12F0000000000000, L2_EVICT_NORMAL = 0x1000000000000000;
 
 // Copy the box at coordinates (c0, c1, c2, c3) to shared memory; `barrier` counts its bytes. What lies outside the
 // tensor arrives as zeros and is counted all the same.
@@ -44,3 +33,8 @@ __device__ __forceinline__ void copy_async_16(u32 destination, const void* sourc
 }
 
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// One 16-bit element to shared memory.
+__device__ __forceinline__ void store_shared(u32 address, u16 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}

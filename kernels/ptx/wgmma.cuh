@@ -54,15 +54,10 @@ __device__ __forceinline__ void pin_registers(float (&values)[N]) {
 #define WGMMA_R32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_R128 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+#define WGMMA_R64 \
+    WGMMA_R32 ", " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // S += A * B^T with both operands K-major, n = 64. `accumulate` false: S = A * B^T.
 #define WGMMA_N64_SS(TYPE)                                                                                   \
@@ -93,31 +88,18 @@ __device__ __forceinline__ void wgmma_n64_rs(float (&d)[32], const u32 (&a)[4], 
     }
 }
 
-// O += P * V with V N-major (its rows are the summed keys), n = 256: four boxes side by side.
-#define WGMMA_N256_SS(TYPE)                                                                                  \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE                                         \
-                 " {" WGMMA_R128 "}, %128, %129, p, 1, 1, 0, 1; }"                                             \
-                 : WGMMA_D128(d)                                                                             \
+// O += P * V with V N-major (its rows are the summed keys), n = 128: two boxes side by side, for `FIRST` and the 63 accumulators
+// behind it.
+#define WGMMA_N128_SS(TYPE)                                                                                           \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE             \
+                 " {" WGMMA_R64 "}, %64, %65, p, 1, 1, 0, 1; }"                                                       \
+                 : WGMMA_D16(d, FIRST), WGMMA_D16(d, FIRST + 16), WGMMA_D16(d, FIRST + 32), WGMMA_D16(d, FIRST + 48)  \
                  : "l"(a), "l"(b))
-template <class Element>
-__device__ __forceinline__ void wgmma_n256_ss(float (&d)[128], u64 a, u64 b) {
+template <class Element, int FIRST>
+__device__ __forceinline__ void wgmma_n128_ss(float (&d)[128], u64 a, u64 b) {
     if constexpr (SameType<Element, Bf16>::value) {
-        WGMMA_N256_SS("bf16.bf16");
+        WGMMA_N128_SS("bf16.bf16");
     } else {
-        WGMMA_N256_SS("f16.f16");
-    }
-}
-
-#define WGMMA_N256_RS(TYPE)                                                                                  \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE                                         \
-                 " {" WGMMA_R128 "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1; }"                            \
-                 : WGMMA_D128(d)                                                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-template <class Element>
-__device__ __forceinline__ void wgmma_n256_rs(float (&d)[128], const u32 (&a)[4], u64 b) {
-    if constexpr (SameType<Element, Bf16>::value) {
-        WGMMA_N256_RS("bf16.bf16");
-    } else {
-        WGMMA_N256_RS("f16.f16");
+        WGMMA_N128_SS("f16.f16");
     }
 }

@@ -10,12 +10,19 @@ import torch
 from problem import DEVICE, assert_same_bits, check, make
 
 import flashmla_rtc
-from flashmla_rtc import recorded, sm90
+from flashmla_rtc import recorded, sm90, validation
 
 
 @pytest.fixture(autouse=True)
 def no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "_local", threading.local())
+    monkeypatch.setattr(recorded, "_local", recorded._Local())
+
+
+@pytest.fixture(params=[True, False], ids=["compared by torch", "by key"], autouse=True)
+def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is borrowed from torch's compiler, and as where torch does not have it."""
+    if not request.param:
+        monkeypatch.setattr(recorded, "_shortcuts", lambda: (None, None))
 
 
 @pytest.fixture
@@ -48,12 +55,54 @@ def call(problem: Any, plan: Any, **given: Any) -> tuple[torch.Tensor, torch.Ten
 def test_the_second_call_is_launched_from_a_note(long_ways: list[int]) -> None:
     problem = make([3000, 70, 0, 900], heads_q=16, causal=True)
     plan = problem.plan()
-    first = call(problem, plan)
-    second = call(problem, plan)
+    results = [call(problem, plan) for _ in range(4)]
     assert len(long_ways) == 1
-    assert first[0].data_ptr() != second[0].data_ptr()
-    assert_same_bits(first, second)
+    assert len({out.data_ptr() for out, _ in results}) == len(results)
+    for out, lse in results[1:]:
+        assert_same_bits((out, lse), results[0])
+        for made, first in zip((out, lse), results[0], strict=True):
+            assert (made.shape, made.stride()) == (first.shape, first.stride())
+            assert (made.dtype, made.device) == (first.dtype, first.device)
+            assert (made.requires_grad, made.is_inference()) == (False, False)
     check(problem, plan)
+
+
+def test_the_shortcuts_are_there(comparison: None, request: pytest.FixtureRequest) -> None:
+    """Not a promise of torch's, but what the figures of the host's time are measured with."""
+    problem = make([300], heads_q=16)
+    call(problem, problem.plan())
+    expected = "compared by torch" in request.node.name
+    assert all(tool is not None for tool in recorded._shortcuts()) is expected
+
+
+def test_inference_mode(long_ways: list[int]) -> None:
+    problem = make([300, 400], heads_q=16)
+    plan = problem.plan()
+    expected = call(problem, plan)
+    with torch.inference_mode():
+        for _ in range(4):
+            result = call(problem, plan)
+            assert_same_bits(result, expected)
+            assert result[0].is_inference()
+    for _ in range(3):
+        assert not call(problem, plan)[0].is_inference()
+    assert len(long_ways) == 1
+
+
+def test_layers_and_steps_in_turn(long_ways: list[int]) -> None:
+    """Six shapes, each with two caches, in the order in which a program meets them."""
+    lengths = [[500] * n for n in range(1, 7)]
+    steps = [[make(one, heads_q=16, seed=seed) for seed in (1, 2)] for one in lengths]
+    plans = [step[0].plan() for step in steps]
+    expected = [
+        [call(layer, plan) for layer in step] for step, plan in zip(steps, plans, strict=True)
+    ]
+    assert len(long_ways) == 12
+    for _ in range(3):
+        for step, plan, results in zip(steps, plans, expected, strict=True):
+            for layer, result in zip(step, results, strict=True):
+                assert_same_bits(call(layer, plan), result)
+    assert len(long_ways) == 12
 
 
 @pytest.mark.parametrize("heads_q", [16, 128])
@@ -83,7 +132,9 @@ def test_results_are_written_where_the_caller_says(long_ways: list[int]) -> None
     assert len(long_ways) == 2
 
 
-def test_lengths_and_tables_are_read_when_the_kernel_runs(long_ways: list[int]) -> None:
+def test_lengths_and_tables_are_read_when_the_kernel_runs(
+    long_ways: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = make([4000, 4000], heads_q=16)
     plan = problem.plan()
     call(problem, plan)
@@ -91,8 +142,9 @@ def test_lengths_and_tables_are_read_when_the_kernel_runs(long_ways: list[int]) 
     problem.block_table.copy_(problem.block_table.flip(0).clone())
     seen = call(problem, plan)
     assert len(long_ways) == 1
-    recorded._local.notes.clear()
+    monkeypatch.setattr(recorded, "_local", recorded._Local())
     assert_same_bits(call(problem, plan), seen)
+    assert len(long_ways) == 2
 
 
 def test_a_plan_object_and_a_plan_of_other_arrays(long_ways: list[int]) -> None:
@@ -134,6 +186,40 @@ def test_bad_input_is_refused_after_a_good_call() -> None:
         call(problem, (metadata.cpu(), splits))
     with pytest.raises(TypeError, match="cache_seqlens must be a dense tensor"):
         call(problem.but(cache_seqlens=problem.cache_seqlens.to_sparse()), (metadata, splits))
+    with pytest.raises(TypeError, match="tile_scheduler_metadata must be a dense tensor"):
+        call(problem, (metadata.to_sparse(), splits))
+    with pytest.raises(TypeError, match="num_splits must be a dense tensor"):
+        call(problem, (metadata, splits.to_sparse()))
+    call(problem, (metadata, splits))
+
+
+def test_a_plan_that_was_changed_in_place_is_refused(long_ways: list[int]) -> None:
+    problem = make([300, 400], heads_q=16)
+    metadata, splits = problem.plan()
+    expected = [call(problem, (metadata, splits)) for _ in range(3)][-1]
+    parts = len(metadata)
+    metadata.resize_(parts - 1, 8)
+    with pytest.raises(ValueError, match="tile_scheduler_metadata must have shape"):
+        call(problem, (metadata, splits))
+    metadata.resize_(parts, 8)
+    assert_same_bits(call(problem, (metadata, splits)), expected)
+    assert len(long_ways) == 1
+
+
+def test_validation_that_is_switched_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make([300, 400], heads_q=16)
+    plan = problem.plan()
+    for _ in range(3):
+        call(problem, plan)
+    problem.cache_seqlens.fill_(-1)
+    monkeypatch.setenv(validation.VARIABLE, "1")
+    validation.validation_enabled.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"cache_seqlens\[0\] must be at least 0"):
+            call(problem, plan)
+    finally:
+        monkeypatch.delenv(validation.VARIABLE)
+        validation.validation_enabled.cache_clear()
 
 
 def test_rows_that_are_not_aligned_any_more(long_ways: list[int]) -> None:

@@ -1,0 +1,208 @@
+// The scorers of the decode kernel: from query tile and keys to the probabilities of each block, and the sums of rows.
+#pragma once
+#include "mla_decode_block.cuh"
+#include "mla_decode_trace.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace {
+
+// The first boxes of the query tile, in registers for the whole piece as wgmma's A operand. Their place in the ring is free then.
+using QueryBoxes = u32[Q_IN_REGISTERS][K_STEPS][4];
+
+__device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, const Ring<PAIRS>& pair, const Place& place) {
+#pragma unroll
+    for (int box = 0; box < Q_IN_REGISTERS; box++) {
+        const u32 matrices = place.matrices(shared.pairs[(pair + box / 2).at()][box % 2]);
+#pragma unroll
+        for (int step = 0; step < K_STEPS; step++) load_matrix_x4(q[box][step], place.matrix(matrices, step));
+    }
+#pragma unroll
+    for (int i = 0; i < Q_PAIRS; i++) arrive_as_warp(shared.pair_empty[(pair + i).at()], place.lane);
+}
+
+// S = Q K^T, box by box as they land, in the order in which they are asked for. Whether the next box is there is asked before the
+// products of this one, which are short. `almost_done` is called when all but the last box are under way, some 300 cycles before the end.
+template <class AlmostDone>
+__device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shared, const QueryBoxes& q, const Ring<PAIRS>& pair,
+    const Ring<TAILS>& tail, AlmostDone almost_done) {
+    constexpr int ORDER[BOXES] = {0, 1, 2, 3, 4, 5, ROPE_BOX, 6, 7};
+    auto full = [&](int box) -> const u64& { return box == ROPE_BOX ? shared.tail_full[tail.at()] : shared.pair_full[(pair + box / 2).at()]; };
+    auto turn = [&](int box) { return box == ROPE_BOX ? tail.turn() : (pair + box / 2).turn(); };
+    auto begins_pair = [](int box) { return box == ROPE_BOX || box % 2 == 0; };
+    bool landed = false;
+#pragma unroll
+    for (int i = 0; i < BOXES; i++) {
+        const int box = ORDER[i];
+        if (begins_pair(box) && !landed) wait(full(box), turn(box));
+        if (i == 0) wgmma_fence();
+        if (i + 1 < BOXES && begins_pair(ORDER[i + 1])) landed = mbarrier_test(shared_address(&full(ORDER[i + 1])), turn(ORDER[i + 1]));
+        if (i + 1 == BOXES) almost_done();
+        const u64 k = box == ROPE_BOX ? descriptor(TAILS_OFFSET) + tail.at() * NEXT_BOX : descriptor(box % 2 * BOX_BYTES) + (pair + box / 2).at() * NEXT_PAIR;
+#pragma unroll
+        for (int step = 0; step < K_STEPS; step++) {
+            if (box < Q_IN_REGISTERS) {
+                wgmma_n64_rs<Element>(scores, q[box][step], k + step * STEP_K_MAJOR, i > 0 || step > 0);
+            } else {
+                wgmma_n64_ss<Element>(scores, descriptor(Q_OFFSET + (box - Q_IN_REGISTERS) * BOX_BYTES) + step * STEP_K_MAJOR, k + step * STEP_K_MAJOR, true);
+            }
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+// Masks the scores of keys that a row does not see. Such a key's probability is 0, but 0 * NaN is NaN: what is not finite
+// in values that some row does not see becomes 0 in shared memory. (A row that does see such a key has a score that is not
+// finite either: it turns NaN all the same, or, at a score of -inf, gives the key no weight.)
+__device__ __forceinline__ void clean_values(Shared& shared, const Ring<PAIRS>& pair, int first_key) {
+#pragma unroll 1
+    for (int i = threadIdx.x % WARPGROUP; i < (KEYS - first_key) * VALUE_BOXES * 8; i += WARPGROUP) {
+        const int key = first_key + i / (VALUE_BOXES * 8), chunk = i % (VALUE_BOXES * 8);
+        uint4* words = reinterpret_cast<uint4*>(shared.pairs[(pair + chunk / 16).at()][chunk / 8 % 2] + box_offset(key, chunk % 8));
+        uint4 value = *words;
+        auto clean = [](u32 pair) {
+            constexpr u32 low = Element::EXPONENT_MASK, high = low << 16;
+            return ((pair & low) == low ? 0 : pair & 0xFFFF) | ((pair & high) == high ? 0 : pair & 0xFFFF0000);
+        };
+        value = {clean(value.x), clean(value.y), clean(value.z), clean(value.w)};
+        *words = value;
+    }
+}
+
+__device__ __forceinline__ void mask_scores(float (&scores)[32], const MlaDecodeParams& params, Shared& shared, const Ring<PAIRS>& pair, const Piece& piece,
+    int first_row, int block, bool valid) {
+    const Place place(here(threadIdx.x));  // again, rather than keep what is rarely used
+    const int first_key = block * KEYS, length = piece.length;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int limit = Request::limit(params, length, first_row + place.row(half));
+        const int visible = valid ? limit - first_key - place.pair_column() : 0;
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            if ((i / 2) % 2 == half && !(i / 4 * 8 + i % 2 < visible)) scores[i] = -INFINITY_F32;
+        }
+    }
+    if (valid) clean_values(shared, pair, clamp(piece.limit_min - first_key, 0, KEYS));
+}
+
+// The reference for a block's scores: the one so far, unless they exceed it by more than 2^RANGE. A rounded probability
+// is as exact above 1 as below, and the headroom keeps a maximum that creeps up from costing a rescale.
+__device__ __forceinline__ float block_reference(const float (&scores)[32], int half, float reference, float scale) {
+    float even = scores[half * 2], odd = scores[half * 2 + 1];  // two chains, since each waits for itself
+#pragma unroll
+    for (int i = 4; i < 32; i += 4) {
+        even = fmaxf(even, scores[i + half * 2]);
+        odd = fmaxf(odd, scores[i + half * 2 + 1]);
+    }
+    const float m = quad_max(fmaxf(even, odd));
+    return (m - reference) * scale > RANGE ? m : reference;
+}
+
+// scores -> 2^(scale * (scores - reference)), and their share of the row's sum.
+__device__ __forceinline__ void exponentiate(float (&scores)[32], int half, float reference, float scale, float& sum) {
+    const float shift = reference * scale;
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int i = half * 2; i < 32; i += 4) {
+        even += scores[i] = exp2_approx(fmaf(scores[i], scale, -shift));
+        odd += scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale, -shift));
+    }
+    sum += even + odd;
+}
+
+// Writes this warp's 16 rows of P to a box, for the tensor cores to read. Step s covers keys 16 s .. 16 s + 15.
+__device__ __forceinline__ void store_probabilities(u8* box, const float (&scores)[32], const Place& place) {
+    const u32 matrices = place.matrices(box);
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) {
+        u32 p[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) p[i] = pack2<Element>(scores[step * 8 + i * 2], scores[step * 8 + i * 2 + 1]);
+        store_matrix_x4(place.matrix(matrices, step), p);
+    }
+    fence_async_shared();
+}
+
+// The probabilities of all blocks of all pieces.
+__device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared& shared, int first_row) {
+    const Place place(threadIdx.x);
+    const float scale = params.scale_log2;
+    Trace trace(TRACE_SCORER, threadIdx.x % WARPGROUP == 0);
+    Ring<PAIRS> pair;
+    Ring<TAILS> tail;
+    Ring<PIECES> note;
+    int left = Part(shared.plan_row, gridDim.z, params.batch).last_request - Part(shared.plan_row, gridDim.z, params.batch).first_request + 1;
+    for (; left > 0; left--) {
+        const Piece& piece = shared.pieces[note.at()];
+        QueryBoxes q;
+        wait(shared.piece_ready[note.at()], note.turn());
+        wait(shared.q_ready[note.at()], note.turn());
+        trace.mark(TRACE_Q);
+        load_query_boxes(q, shared, pair, place);
+        pair += Q_PAIRS;
+
+        float reference[2] = {NO_REFERENCE, NO_REFERENCE}, sum[2] = {0.0f, 0.0f};
+        bool held_back = false;  // P of the block before
+        const int last = piece.last;
+        for (int block = piece.first; block < last; block++) {
+            // 1. S.
+            float scores[32];
+            pin_registers(scores);
+            compute_scores(scores, shared, q, pair, tail, [&] {
+                if (held_back) arrive_as_warp(shared.p_ready[(tail + (TAILS - 1)).at()], place.lane);
+            });
+            pin_registers(scores);
+            trace.mark(TRACE_SCORES);
+            const bool valid = __shfl_sync(0xFFFFFFFF, place.lane == 0 ? shared.page_is_valid[tail.at()] : 0, 0) != 0;
+            named_barrier_sync(SCORERS, WARPGROUP);  // every warp has its scores: P may take the place of the rope columns
+            if (!valid || (block + 1) * KEYS > piece.limit_min) {
+                mask_scores(scores, params, shared, pair, piece, first_row, block, valid);
+            }
+            pair += PAIRS_A_BLOCK;
+
+            // 2. Its probabilities.
+            const float before[2] = {reference[0], reference[1]};
+#pragma unroll
+            for (int half = 0; half < 2; half++) reference[half] = block_reference(scores, half, before[half], scale);
+            const bool rescales = block > piece.first && __any_sync(0xFFFFFFFF, reference[0] != before[0] || reference[1] != before[1]);
+            if (rescales) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float factor = exp2_approx((before[half] - reference[half]) * scale);
+                    sum[half] *= factor;
+                    if (place.leads_quad()) shared.row_factor[tail.at()][place.row(half)] = factor;
+                }
+            }
+            if (place.lane == 0) shared.rescales[tail.at()][place.warp] = rescales;
+#pragma unroll
+            for (int half = 0; half < 2; half++) exponentiate(scores, half, reference[half], scale, sum[half]);
+            store_probabilities(shared.tails[tail.at()], scores, place);
+
+            // 3. Its product with the values may begin: at once if we have to wait for the next keys; else when our next S is
+            // done, so that the tensor cores have the product to do while we do the next probabilities.
+            const Ring<PAIRS> next = pair + (gridDim.x > 2 ? Q_PAIRS - 1 : PAIRS_A_BLOCK - 1);
+            held_back = block + 1 < last && __any_sync(0xFFFFFFFF, mbarrier_test(shared_address(&shared.pair_full[next.at()]), next.turn()));
+            if (!held_back) arrive_as_warp(shared.p_ready[tail.at()], place.lane);
+            trace.mark(TRACE_P);
+            tail += 1;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sum[half] = quad_sum(sum[half]);
+            if (!place.leads_quad()) continue;
+            shared.row_sum[note.at()][place.row(half)] = sum[half];
+            shared.row_reference[note.at()][place.row(half)] = reference[half];
+        }
+        arrive_as_warp(shared.sums_ready[note.at()], place.lane);
+        if (place.lane == 0) {
+            mbarrier_arrive(shared_address(&shared.q_empty));
+            mbarrier_arrive(shared_address(&shared.piece_empty[note.at()]));
+        }
+        note += 1;
+    }
+}
+
+}  // namespace
