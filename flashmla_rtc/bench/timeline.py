@@ -111,7 +111,7 @@ def record(shape: Shape) -> dict[str, Any]:
         log = np.zeros(size // 8, np.uint64)
         call("cuMemcpyDtoH", log.ctypes.data, address, size)
     return {
-        "device": device_facts(index).name.partition("\0")[0],
+        "device": device_facts(index).name,
         "digest": variants.sources_digest(),
         "shape": dataclasses.asdict(shape),
         "blocks": decode_log(log),
