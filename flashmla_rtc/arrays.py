@@ -127,6 +127,8 @@ def _view_torch(array: Any, name: str) -> View:
         address = 0
     if address == 0 and (device.type == "meta" or array.numel() > 0):
         raise TypeError(f"{name} must be a dense tensor with elements in memory, but it has none.")
+    if array.is_neg():
+        raise TypeError(f"{name} is a lazily negated view: pass {name}.resolve_neg().")
     return View(array, "torch", array, address, tuple(array.shape), array.stride(), dtype, device)
 
 

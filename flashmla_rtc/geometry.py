@@ -44,11 +44,17 @@ STRIP_LINES = 32
 STRIP_WEIGHTS_BYTES = 256
 """A strip as ``mla_decode_partial.cuh`` keeps it: lines, half as many if in fp16, and weights."""
 
+
+def kept_in_halves(dtype: str, rows_per_group: int) -> bool:
+    """Whether pieces of cut requests are kept in fp16: of bf16 calls that fill a tile's strips."""
+    return dtype == "bfloat16" and -(-rows_per_group // 16) * 2 >= TILE_STRIPS
+
+
 SHARED_BASE = 1024
 """Where a block's dynamic shared memory begins: behind what the driver reserves on Hopper."""
 
 DECODE_SHARED_BYTES = 232_448
-"""sizeof(Shared) in mla_decode.cuh; the kernel asserts it."""
+"""sizeof(Shared) in mla_decode_block.cuh, which asserts it."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,12 @@ class CostModel:
     piece: a piece of a cut request, on top: its output is float32 and goes to the workspace.
     merge: any cut at all: pieces are waited for and merged.
     merge_longest: the same, for each piece of the most divided request, in 1/16 of the unit.
-    merge_cut: the same, for each cut, in 1/16 of the unit.
     """
 
     segment: int = 32
     piece: int = 16
     merge: int = 24
     merge_longest: int = 16
-    merge_cut: int = 8
 
 
 DECODE_PARAMS = ParamStruct(
@@ -117,6 +121,5 @@ SCHEDULE_PARAMS = ParamStruct(
         ("int", "piece_cost"),
         ("int", "merge_cost"),
         ("int", "merge_longest_cost"),
-        ("int", "merge_cut_cost"),
     ),
 )

@@ -52,6 +52,7 @@ class _Local(threading.local):
     """A thread's notes by key, and those whose tensors torch compares, last found first."""
 
     recent: list[_Note] | None = None
+    is_launching = False  # a signal handler or finalizer that decodes must leave the notes alone
 
     def __init__(self) -> None:
         self.notes: dict[tuple[Any, ...], _Note] = {}
@@ -119,6 +120,8 @@ def key_of(
             if type(tensor) is tensor_class:
                 # Where a tensor is contiguous its shape says all, but for strides never used.
                 stride = tensor.is_contiguous() or tensor.stride()
+                if tensor.is_neg():
+                    return None
                 looks.append((tensor.shape, stride, tensor.dtype, tensor.get_device()))
             elif tensor is None:
                 looks.append(None)
@@ -148,8 +151,9 @@ def launch_again(
 
     Nothing has been launched then.
     """
-    recent = _local.recent
-    if recent is None:  # this thread has not noted anything yet
+    local = _local
+    recent = local.recent
+    if recent is None or local.is_launching:  # recent is None: nothing is noted yet in this thread
         return None
     holder = None
     if type(plan) is FlashMLASchedMeta:
@@ -211,7 +215,7 @@ def launch_again(
     else:
         whole = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
         key = key_of(whole, head_dim_v, softmax_scale, causal)
-        found = _local.notes.get(key) if key else None
+        found = local.notes.get(key) if key else None
         if found is None:
             return None
         note = found
@@ -243,23 +247,27 @@ def launch_again(
     ):
         return None
     launch, partials, merge_states = place
-    _pack_addresses(
-        note.buffer,
-        0,
-        k_map,
-        at_q,
-        at_out,
-        at_lse,
-        at_table,
-        at_lengths,
-        at_plan,
-        partials,
-        merge_states,
-    )
-    if launch()[0]:
-        with on_device(index):  # this thread has no context yet, or another device's
-            if launch()[0]:
-                return None
+    local.is_launching = True
+    try:
+        _pack_addresses(
+            note.buffer,
+            0,
+            k_map,
+            at_q,
+            at_out,
+            at_lse,
+            at_table,
+            at_lengths,
+            at_plan,
+            partials,
+            merge_states,
+        )
+        if launch()[0]:
+            with on_device(index):  # this thread has no context yet, or another device's
+                if launch()[0]:
+                    return None
+    finally:
+        local.is_launching = False
     return out, lse
 
 

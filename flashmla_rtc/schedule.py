@@ -39,7 +39,6 @@ _SEGMENT_US = (3.0, 3.0)  # constant, and for a full tile
 _PIECE_US = (1.0, 4.5)
 _MERGE_US = 4.0
 _MERGE_LONGEST_US = 0.02
-_MERGE_ROW_US = 0.0
 
 
 @functools.cache
@@ -52,7 +51,6 @@ def cost_model(rows_per_group: int, heads_k: int) -> CostModel:
         piece=round((_PIECE_US[0] + fill * _PIECE_US[1]) / unit),
         merge=round(_MERGE_US / unit),
         merge_longest=round(16 * _MERGE_LONGEST_US / unit),
-        merge_cut=round(16 * _MERGE_ROW_US * rows_per_group * heads_k / unit),
     )
 
 
@@ -64,7 +62,8 @@ class _Planner:
         self.prefix = np.zeros(self.batch + 1, np.int64)
         np.cumsum(model.segment + COST_UNIT * self.blocks, out=self.prefix[1:])
         self.total = int(self.prefix[-1])
-        self.useful_parts = min(max(int(self.blocks.sum()), 1), num_parts)
+        self.total_blocks = int(self.blocks.sum())
+        self.useful_parts = min(max(self.total_blocks, 1), num_parts)
 
     def position(self, request: np.ndarray, block: np.ndarray) -> np.ndarray:
         inside = np.where(block > 0, self.model.segment + COST_UNIT * block, 0)
@@ -94,15 +93,13 @@ class _Planner:
         cost = cost + np.where(inside[:-1], self.model.segment + self.model.piece, 0)
         new_piece = inside[1:] & (~inside[:-1] | (request[:-1] < request[1:]))
         cost = cost + np.where(new_piece, self.model.piece, 0)
-        cuts = int(inside.sum())
-        if cuts == 0:
+        if not inside.any():
             return int(cost.max())
         line = max(self.total - self.model.segment, 1)
         first = self.prefix[request] * parts // line + 1
         most_pieces = int(np.where(inside, np.arange(parts + 1) - first + 2, 0).max())
         model = self.model
-        by_size = model.merge_longest * most_pieces + model.merge_cut * cuts
-        merge = model.merge + by_size // 16
+        merge = model.merge + model.merge_longest * most_pieces // 16
         return int(cost.max()) + merge
 
     def candidate(self, index: int) -> tuple[int, int]:
@@ -110,10 +107,13 @@ class _Planner:
         if choice == 0:
             requests_a_part = -(-self.batch // self.useful_parts)
             parts = -(-self.batch // requests_a_part)
+        elif choice == 1:
+            blocks_a_part = -(-self.total_blocks // self.useful_parts)
+            parts = max(-(-self.total_blocks // max(blocks_a_part, 1)), 1)
         elif choice == 15 and self.batch <= self.useful_parts:
             parts = self.useful_parts // self.batch * self.batch
         else:
-            parts = max(self.useful_parts * (17 - choice) // 16, 1)
+            parts = max(self.useful_parts * (18 - choice) // 16, 1)
         eighths = (1 << (index // 16)) >> 1
         return parts, self.total // parts // 8 * eighths
 

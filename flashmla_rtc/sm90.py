@@ -19,7 +19,6 @@ from .rtc.launch import Launcher
 from .rtc.tensor_map import tiled_map
 
 LOG2_E = math.log2(math.e)
-_SUFFIX = {"bfloat16": "bf16", "float16": "fp16"}
 # A scale of 0 would turn the -inf of a masked score into NaN. This one gives the same results: no
 # product of 16-bit floats that the float32 sums of a score can hold is moved by it.
 _LEAST_SCALE = 1e-42
@@ -130,7 +129,6 @@ def plan_into(
         "piece_cost": model.piece,
         "merge_cost": model.merge,
         "merge_longest_cost": model.merge_longest,
-        "merge_cut_cost": model.merge_cut,
     }
     stream = arrays.current_stream(cache_seqlens)
     with on_device(device):
@@ -160,7 +158,9 @@ def decode(
     rows = shape.rows_per_group
     stream = arrays.current_stream(q)
     with on_device(device):
-        kernel = launcher(f"mla_decode_{_SUFFIX[shape.dtype]}", device)
+        q_is_aligned, out_is_aligned = _rows_aligned(q), _rows_aligned(out)
+        name = variants.decode_name(shape.dtype, rows, q_is_aligned and out_is_aligned)
+        kernel = launcher(name, device)
         capture = workspace.capture_of(stream)
         places = workspace.layout(device_facts(device).num_sms, rows, shape.dtype)
         room = workspace.room(q, places, stream, capture) if parts > 1 else workspace.NOTHING
@@ -192,8 +192,8 @@ def decode(
             "num_blocks": shape.num_blocks,
             "max_blocks": shape.max_blocks,
             "causal": causal,
-            "q_is_aligned": _rows_aligned(q),
-            "out_is_aligned": _rows_aligned(out),
+            "q_is_aligned": q_is_aligned,
+            "out_is_aligned": out_is_aligned,
             "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
         }
         grid = (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts)

@@ -40,6 +40,8 @@ _LAUNCHING_PYTHON = (
 # ever.
 TRAP_AFTER_SPINS = 0
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -80,16 +82,29 @@ class Variant:
         return KernelSource(self.name, self.entry, text, _headers())
 
 
-def _decode(dtype: str, element: str) -> Variant:
+def decode_name(dtype: str, rows_per_group: int, aligned: bool) -> str:
+    """The decode kernel for calls of this dtype and these rows.
+
+    aligned: every row of q and of out begins at a multiple of 16 bytes, as is usual. The kernels
+    for other calls are compiled when they are needed.
+    """
+    few = dtype == "bfloat16" and not geometry.kept_in_halves(dtype, rows_per_group)
+    name = f"mla_decode_{_SHORT[dtype]}"
+    return name + "_few_rows" * few + "_unaligned" * (not aligned)
+
+
+def _decode(dtype: str, rows_per_group: int, aligned: bool) -> Variant:
     return Variant(
-        f"mla_decode_{dtype}",
+        decode_name(dtype, rows_per_group, aligned),
         "mla_decode.cuh",
         "mla_decode",
         geometry.DECODE_PARAMS,
         geometry.DECODE_THREADS,
         geometry.DECODE_SHARED_BYTES,
-        element,
+        {"bfloat16": "Bf16", "float16": "Fp16"}[dtype],
         (
+            ("bool", "KEPT_IN_HALVES", int(geometry.kept_in_halves(dtype, rows_per_group))),
+            ("bool", "ALIGNED", int(aligned)),
             ("int", "HEAD_DIM", geometry.HEAD_DIM),
             ("int", "HEAD_DIM_V", geometry.HEAD_DIM_V),
             ("int", "BLOCK_ROWS", geometry.BLOCK_ROWS),
@@ -126,17 +141,27 @@ def _schedule() -> Variant:
 @functools.cache
 def default_variants() -> tuple[Variant, ...]:
     """The kernels compiled at import, the slowest to compile first."""
+    return (*_decodes(aligned=True), _schedule())
+
+
+@functools.cache
+def all_variants() -> tuple[Variant, ...]:
+    """The default variants, and those that are compiled when they are needed."""
+    return (*default_variants(), *_decodes(aligned=False))
+
+
+def _decodes(aligned: bool) -> tuple[Variant, ...]:
     return (
-        _decode("bf16", "Bf16"),
-        _decode("fp16", "Fp16"),
-        _schedule(),
+        _decode("bfloat16", geometry.BLOCK_ROWS, aligned),
+        _decode("float16", geometry.BLOCK_ROWS, aligned),
+        _decode("bfloat16", 1, aligned),
     )
 
 
 @functools.cache
 def by_name(name: str) -> Variant:
     """The variant called ``name``. Raises KeyError."""
-    return {variant.name: variant for variant in default_variants()}[name]
+    return {variant.name: variant for variant in all_variants()}[name]
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def layout(num_sms: int, rows_per_group: int, dtype: str) -> Layout:
     """
     tiles = 2 * num_sms
     strips = min(-(-rows_per_group // 16) * 2, geometry.TILE_STRIPS)
-    in_halves = dtype == "bfloat16" and strips == geometry.TILE_STRIPS
+    in_halves = geometry.kept_in_halves(dtype, rows_per_group)
     lines = geometry.STRIP_LINES // 2 if in_halves else geometry.STRIP_LINES
     strip_bytes = lines * geometry.LINE_BYTES + geometry.STRIP_WEIGHTS_BYTES
     states = tiles * geometry.TILE_STATE_BYTES

@@ -65,10 +65,14 @@ __device__ __forceinline__ void multiply(float (&output)[128], Shared& shared, i
     pin_registers(output);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma_n128_ss<Element, 0>(output, p + step * STEP_K_MAJOR, low + step * STEP_N_MAJOR);
+    for (int step = 0; step < K_STEPS; step++) {
+        wgmma_n128_ss<Element, 0>(output, p + step * STEP_K_MAJOR, low + step * STEP_N_MAJOR);
+    }
     wgmma_commit();
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma_n128_ss<Element, 64>(output, p + step * STEP_K_MAJOR, high + step * STEP_N_MAJOR);
+    for (int step = 0; step < K_STEPS; step++) {
+        wgmma_n128_ss<Element, 64>(output, p + step * STEP_K_MAJOR, high + step * STEP_N_MAJOR);
+    }
     wgmma_commit();
     wgmma_wait<1>();
     arrive_as_warp(shared.pair_empty[first], lane);
@@ -100,7 +104,8 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
         for (int left = shared.pieces[note.at()].last - shared.pieces[note.at()].first; left > 0; left--) {
             const Place place(here(threadIdx.x));
             const int first_pair = side_of(here(threadIdx.x)) * 2;
-            const int first = uniform((pair + first_pair).at()), second = uniform((pair + (first_pair + 1)).at()), at = uniform(tail.at());
+            const int first = uniform((pair + first_pair).at()), second = uniform((pair + (first_pair + 1)).at());
+            const int at = uniform(tail.at());
             wait(shared.p_ready[at], tail.turn());
             if (shared.rescales[at][place.warp]) rescale(output, shared.row_factor[at], place);
             multiply(output, shared, first, second, at, place.lane);
@@ -114,9 +119,11 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
         if (part(params, shared).is_partial(request)) {
             wait(shared.merges_found, 0);
             const int end = part(params, shared).begin(request) > 0 ? FRONT : BACK;
-            write_partial(params, shared, end, output, RowSums(shared, Ring<PIECES>(places >> 16).at()), Place(here(threadIdx.x)), side_of(here(threadIdx.x)));
+            const RowSums sums(shared, Ring<PIECES>(places >> 16).at());
+            write_partial(params, shared, end, output, sums, Place(here(threadIdx.x)), side_of(here(threadIdx.x)));
         } else {
-            write_output(params, output, RowSums(shared, Ring<PIECES>(places >> 16).at()), Place(here(threadIdx.x)), side_of(here(threadIdx.x)), request);
+            const RowSums sums(shared, Ring<PIECES>(places >> 16).at());
+            write_output(params, output, sums, Place(here(threadIdx.x)), side_of(here(threadIdx.x)), request);
         }
         trace.mark(TRACE_WRITTEN);
         pair.steps = places & 0xFF;
@@ -177,6 +184,17 @@ __device__ __forceinline__ void init_barriers(Shared& shared, int lane) {
     mbarrier_init_fence();
 }
 
+// What is read first and one after the other, on its way to L2 while the kernel before still runs: the part's row of the plan,
+// all lengths, and page numbers. Every thread block has a share of the lines. Called by one warp.
+__device__ __forceinline__ void ask_for_small_inputs(const MlaDecodeParams& params, int lane) {
+    constexpr int INTS_A_LINE = 32;
+    if (lane == 0) prefetch_to_l2(params.plan + blockIdx.z * PLAN_ROW_INTS);
+    const i64 at = ((blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) * 32 + lane) * INTS_A_LINE;
+    if (at < params.batch) prefetch_to_l2(params.cache_seqlens + at);
+    const i64 page_numbers = (params.batch - 1) * params.block_table_stride + params.max_blocks;
+    if (params.block_table_stride >= params.max_blocks && at < page_numbers) prefetch_to_l2(params.block_table + at);
+}
+
 }  // namespace
 
 // Grid: (row blocks, KV heads, parts). Row blocks of a part are neighbours, so that they run in step and the second
@@ -192,6 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         tma_prefetch_map(&params.k_map);
         shared.left_task = 0;
         init_barriers(shared, threadIdx.x);
+    } else if (warp == 1) {
+        ask_for_small_inputs(params, threadIdx.x % 32);
     }
     wait_for_previous_kernel();  // everything above overlaps the end of the kernel before this one
     launch_next_kernel();

@@ -14,7 +14,6 @@ constexpr int HEAD_DIM = config::HEAD_DIM;
 constexpr int HEAD_DIM_V = config::HEAD_DIM_V;
 constexpr int BOXES = HEAD_DIM / BOX_COLUMNS;         // 9 boxes a K block
 constexpr int VALUE_BOXES = HEAD_DIM_V / BOX_COLUMNS;  // the first 8 are also V
-constexpr int HALF_BOXES = VALUE_BOXES / 2;
 constexpr int ROPE_BOX = VALUE_BOXES;
 constexpr int K_STEPS = BOX_COLUMNS / 16;  // products of depth 16 a box
 static_assert(ROWS == BOX_ROWS && KEYS == BOX_ROWS, "rows and keys of a tile fill the rows of a box");
@@ -50,9 +49,10 @@ struct Merge {
     int head, pieces;  // 0 pieces: none
     int piece;         // which of them is ours, and the number of our first worker
     int strips;        // of the tile, that have rows
-    int workers, lines, tasks_a_strip;
+    int workers, lines;
+    int log2_tasks;    // of the tasks of a strip
     int team;
-    __device__ __forceinline__ int tasks() const { return strips * tasks_a_strip; }
+    __device__ __forceinline__ int tasks() const { return strips << log2_tasks; }
 };
 // A request, or a piece of one: what all roles have to know alike, so one of them finds it out.
 struct Piece {
@@ -116,7 +116,7 @@ struct Request {
         limit_min = limit(params, length, first_row);
         limit_max = limit(params, length, min(first_row + ROWS, params.rows_per_group) - 1);
     }
-    __device__ __forceinline__ int blocks() const { return (limit_max + KEYS - 1) / KEYS; }
+    __device__ __forceinline__ int blocks() const { return limit_max / KEYS + (limit_max % KEYS > 0); }
 };
 
 // Which query and head a row is.

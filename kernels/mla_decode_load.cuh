@@ -16,7 +16,7 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
-    int asked = 0;  // blocks so far: none, one, or more
+    int asked = 0;  // blocks so far: 3 stands for more, too
     for (int number = part().first_request; number <= part().last_request; number++) {
         const int* table = params.block_table + number * params.block_table_stride;
         auto page_of = [&](int block) { return block < params.max_blocks ? load_now(table + block) : -1; };
@@ -40,16 +40,16 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
                 tma_load_4d(shared_address(box), &params.k_map, full, column, 0, blockIdx.y, coordinate, policy);
             };
             // With one row block memory is the limit, and it gets slower when it is asked for more at once than keeps it busy. So
-            // the second block is asked for as the first lands, and each later one when two before it are done with.
+            // the second and third block are asked for as the one before lands, later ones when two before them are done with.
             const bool is_paced = gridDim.x == 1;
-            if (is_paced && asked > 1) {
+            if (is_paced && asked > 2) {
                 const Ring<TAILS> done = tail + (2 * TAILS - 2);
                 wait(shared.tail_empty[done.at()], done.turn());
             }
             trace.mark(TRACE_FREE);
 #pragma unroll
             for (int i = 0; i < PAIRS_A_BLOCK; i++) {
-                if (is_paced && asked == 1 && block > first) {
+                if (is_paced && asked > 0 && asked < 3 && block > first) {
                     const Ring<PAIRS> landed = pair + (2 * PAIRS - PAIRS_A_BLOCK + i);
                     wait(shared.pair_full[landed.at()], landed.turn());
                 }
@@ -68,7 +68,7 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
                 load(shared.pairs[to.at()][1], full, (i * 2 + 1) * BOX_COLUMNS);
             }
             tail += 1;
-            asked = min(asked + 1, 2);
+            asked = min(asked + 1, 3);
             trace.mark(TRACE_ISSUED);
             pair += PAIRS_A_BLOCK;
         }
@@ -93,7 +93,8 @@ __device__ void produce_q(const MlaDecodeParams& params, Shared& shared) {
         for (int i = 0; i < Q_PAIRS; i++) {
             const Ring<PAIRS> to = pair + i;
             wait(shared.pair_empty[to.at()], to.turn() ^ 1);
-            if (here(threadIdx.x) == WARPGROUP - 32) mbarrier_arrive(shared_address(&shared.pair_full[to.at()]));  // in step with the ring
+            // The barrier keeps step with the ring; when the tile is there, q_ready says.
+            if (here(threadIdx.x) == WARPGROUP - 32) mbarrier_arrive(shared_address(&shared.pair_full[to.at()]));
         }
         auto box_at = [&](int box) {
             const Ring<PAIRS> first(here(pair.steps));  // no addresses kept, for want of registers
@@ -101,7 +102,8 @@ __device__ void produce_q(const MlaDecodeParams& params, Shared& shared) {
                                         : shared_address(shared.q[box - Q_IN_REGISTERS]);
         };
         wait(shared.q_empty, note.at() ^ 1);
-        const int thread = here(threadIdx.x), lane = thread % 32, warp_row = (thread / 32 - (WARPGROUP / 32 - Q_LOADERS)) * ROWS_A_WARP;
+        const int thread = here(threadIdx.x), lane = thread % 32;
+        const int warp_row = (thread / 32 - (WARPGROUP / 32 - Q_LOADERS)) * ROWS_A_WARP;
         const int group_row = here(blockIdx.x) * ROWS + warp_row + lane;
         const bool row_exists = group_row < params.rows_per_group;
         const RowPlace place(params, group_row);
@@ -114,7 +116,7 @@ __device__ void produce_q(const MlaDecodeParams& params, Shared& shared) {
             const bool valid = source_row != 0;
             const u16* source = reinterpret_cast<const u16*>(source_row) + chunk * 8;
             const u32 at = box_offset(row, chunk);
-            if (params.q_is_aligned) {
+            if (config::ALIGNED || params.q_is_aligned) {
 #pragma unroll
                 for (int box = 0; box < BOXES; box++) copy_async_16(box_at(box) + at, source + box * BOX_COLUMNS, valid);
             } else {

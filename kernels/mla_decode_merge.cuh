@@ -24,7 +24,7 @@ namespace {
 
 constexpr int CONSUMER_WARPS = 2 * WARPGROUP / 32, LOG2_CONSUMER_WARPS = 3;
 constexpr int TEAM_PIECES = 10;       // from so many pieces on, the warps of a thread block share a task
-constexpr int LEAST_LINES = 2, MOST_LINES = 16;  // of a task
+constexpr int MOST_LINES = 16;        // of a task
 constexpr u32 FOR_EVER = 0xFFFFFFFF;  // looks
 
 // The tiles of this thread block's row block and KV head: of the pieces in `slot`.
@@ -33,7 +33,7 @@ __device__ __forceinline__ int merge_tile(int slot) {
 }
 // The strips of a tile.
 __device__ __forceinline__ PieceWords* piece_strips(const MlaDecodeParams& params, int slot) {
-    return static_cast<PieceWords*>(params.partials) + merge_tile(slot) * strips_a_tile(params) * strip_size(kept_in_halves(params));
+    return static_cast<PieceWords*>(params.partials) + merge_tile(slot) * strips_a_tile(params) * STRIP_SIZE;
 }
 
 // What is kept of a tile from call to call. Zero at first.
@@ -88,12 +88,11 @@ __device__ __forceinline__ void find_merge(const MlaDecodeParams& params, Shared
             merge.strips = (min(params.rows_per_group - first_row, ROWS) + STRIP_ROWS - 1) / STRIP_ROWS * 2;
             merge.team = pieces >= TEAM_PIECES;
             merge.workers = (pieces - goes_on) * (merge.team ? 1 : CONSUMER_WARPS);
-            const int lines = lines_a_strip(kept_in_halves(params));
-            merge.lines = LEAST_LINES;
-            merge.tasks_a_strip = lines / LEAST_LINES;
+            merge.lines = merge.strips <= 4 ? 1 : 2;  // at most 128 tasks
+            merge.log2_tasks = __ffs(LINES_A_STRIP / merge.lines) - 1;
             while (merge.tasks() > merge.workers && merge.lines < MOST_LINES) {
                 merge.lines *= 2;
-                merge.tasks_a_strip /= 2;
+                merge.log2_tasks--;
             }
 #pragma unroll 1
             for (int i = lane; i < pieces; i += 32) {
@@ -118,14 +117,15 @@ struct TaskPieces {
     const PieceWords *first, *later;  // the task's lines of piece 0; of piece p they lie p tiles behind `later`
     const u8* phases;                 // of the pieces
     int tile, weights, strip;         // in 16 bytes: from piece to piece, from the task's lines to the strip's weights
-    bool in_halves;
-    __device__ __forceinline__ TaskPieces(const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int strip, int number)
-        : phases(shared.phases[end]), strip(strip), in_halves(kept_in_halves(params)) {
-        const int size = strip_size(in_halves), lines = number * merge.lines * 32, at = strip * size + lines;
-        tile = strips_a_tile(params) * size;
+    bool is_single;                   // of one line
+    __device__ __forceinline__ TaskPieces(
+        const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int strip, int number)
+        : phases(shared.phases[end]), strip(strip), is_single(merge.lines == 1) {
+        const int lines = number * merge.lines * 32, at = strip * STRIP_SIZE + lines;
+        tile = strips_a_tile(params) * STRIP_SIZE;
         first = piece_strips(params, piece_slot(merge.head, gridDim.z, true)) + at;
         later = piece_strips(params, piece_slot(merge.head, gridDim.z, false)) + at;
-        weights = lines_a_strip(in_halves) * 32 - lines;
+        weights = LINES_A_STRIP * 32 - lines;
     }
     __device__ __forceinline__ const PieceWords* piece(int number) const { return number == 0 ? first : later + number * tile; }
 };
@@ -173,13 +173,25 @@ struct PieceLines {
 #pragma unroll
         for (int l = 0; l < LINES; l++) lines[l] = {{0u, 0u}, {0u, 0u}};
     }
-    // Whether bit 0 of the result is set: some word is still of the phase that it had before this call, bit 0 of `before`.
-    __device__ __forceinline__ void add_if_of(u32 before, u32& unwritten) const {
+    // Of one line only, if `is_single`. Strips that are not in halves are kept relative to the same as their sums.
+    __device__ __forceinline__ void load(
+        const PieceWords* lines_at, const PieceWords* weights_at, bool is_single, bool wanted) {
+        load_from_other_blocks(relative_to.bits, sum.bits, weights_at, wanted);
+        load_from_other_blocks(kept_relative_to.bits, weights_at + 1, wanted && config::KEPT_IN_HALVES);
+#pragma unroll
+        for (int l = 0; l < LINES; l++) lines[l].load(lines_at + l * 32, wanted && (l == 0 || !is_single));
+    }
+    // Whether some word is still of the phase that it had before this call, bit 0 of `before`.
+    __device__ __forceinline__ bool is_unwritten(u32 before, bool is_single) const {
+        u32 unwritten = 0;
         relative_to.add_if_of(before, unwritten);
         sum.add_if_of(before, unwritten);
-        kept_relative_to.add_if_of(before, unwritten);
+        if (config::KEPT_IN_HALVES) kept_relative_to.add_if_of(before, unwritten);
 #pragma unroll
-        for (int l = 0; l < LINES; l++) lines[l].add_if_of(before, unwritten);
+        for (int l = 0; l < LINES; l++) {
+            if (l == 0 || !is_single) lines[l].add_if_of(before, unwritten);
+        }
+        return unwritten & 1;
     }
     __device__ __forceinline__ void clear_phase() {
         relative_to.clear_phase();
@@ -188,14 +200,16 @@ struct PieceLines {
 #pragma unroll
         for (int l = 0; l < LINES; l++) lines[l].clear_phase();
     }
-    __device__ __forceinline__ void add_to(PieceSum<2 * LINES>& total) const {
-        const float low = exp2_approx(relative_to.numbers().x - total.largest[0]), high = exp2_approx(relative_to.numbers().y - total.largest[1]);
+    __device__ __forceinline__ void add_to(PieceSum<GROUPS_A_LINE * LINES>& total) const {
+        const float low = exp2_approx(relative_to.numbers().x - total.largest[0]);
+        const float high = exp2_approx(relative_to.numbers().y - total.largest[1]);
         total.add_sums(sum.numbers(), low, high);
 #pragma unroll
         for (int l = 0; l < LINES; l++) total.add(l, lines[l].low.numbers(), lines[l].high.numbers(), low, high);
     }
-    __device__ __forceinline__ void add_halves_to(PieceSum<2 * LINES>& total) const {
-        total.add_sums(sum.numbers(), exp2_approx(relative_to.numbers().x - total.largest[0]), exp2_approx(relative_to.numbers().y - total.largest[1]));
+    __device__ __forceinline__ void add_halves_to(PieceSum<GROUPS_A_LINE * LINES>& total) const {
+        total.add_sums(sum.numbers(), exp2_approx(relative_to.numbers().x - total.largest[0]),
+                       exp2_approx(relative_to.numbers().y - total.largest[1]));
         const float low = exp2_approx(kept_relative_to.numbers().x - total.largest[0]);
         const float high = exp2_approx(kept_relative_to.numbers().y - total.largest[1]);
 #pragma unroll
@@ -208,34 +222,33 @@ struct PieceLines {
 };
 
 // Adds `LINES` lines, from `line` on, of pieces first, first + 2^step, ... as they get written; `LOADS` pieces are under way at
-// once. `meanwhile` is done while the first are. False: patience has ended.
+// once, and those that were not written yet are looked at again. `meanwhile` is done while the first are. False: patience has
+// ended.
 template <int LINES, int LOADS, class Meanwhile>
-__device__ __forceinline__ bool add_pieces(PieceSum<2 * LINES>& total, const TaskPieces& from, int first, int step, int pieces,
-    int line, u32 patience, int lane, Meanwhile meanwhile) {
+__device__ __forceinline__ bool add_pieces(PieceSum<GROUPS_A_LINE * LINES>& total, const TaskPieces& from, int first, int step,
+    int pieces, int line, u32 patience, int lane, Meanwhile meanwhile) {
     const int lines_at = line * 32 + lane, weights_at = from.weights + lane / 4 * 2;
 #pragma unroll 1
     for (int base = first; base < pieces; base += LOADS << step) {
         const int count = min(((pieces - base - 1) >> step) + 1, LOADS);
         PieceLines<LINES> piece[LOADS];  // those that do not exist weigh nothing
+        u32 missing = (1u << count) - 1;
 #pragma unroll 1
-        for (u32 looks = 0;; looks++) {
+        for (u32 looks = 0; missing != 0; looks++) {
+            if (looks > patience && patience != FOR_EVER) return false;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 const PieceWords* const at = from.piece(base + (i << step));
-                load_from_other_blocks(piece[i].relative_to.bits, piece[i].sum.bits, at + weights_at, i < count);
-                load_from_other_blocks(piece[i].kept_relative_to.bits, at + weights_at + 1, i < count);
-#pragma unroll
-                for (int l = 0; l < LINES; l++) piece[i].lines[l].load(at + lines_at + l * 32, i < count);
+                piece[i].load(at + lines_at, at + weights_at, LINES == 2 && from.is_single, missing >> i & 1);
             }
             if (looks == 0 && base == first) meanwhile();
             u32 unwritten = 0;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 const u32 before = from.phases[min(base + (i << step), pieces - 1)] >> from.strip;
-                piece[i].add_if_of(i < count ? before : 1, unwritten);
+                if (piece[i].is_unwritten(before, LINES == 2 && from.is_single)) unwritten |= 1u << i;
             }
-            if (!__any_sync(0xFFFFFFFF, unwritten & 1)) break;
-            if (looks >= patience && patience != FOR_EVER) return false;
+            missing &= or_of_warp(unwritten);
         }
         float now[2] = {total.largest[0], total.largest[1]};
 #pragma unroll
@@ -245,7 +258,7 @@ __device__ __forceinline__ bool add_pieces(PieceSum<2 * LINES>& total, const Tas
             now[1] = fmaxf(now[1], piece[i].relative_to.numbers().y);
         }
         total.raise(now);
-        if (from.in_halves) {
+        if constexpr (config::KEPT_IN_HALVES) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++) piece[i].add_halves_to(total);
         } else {
@@ -263,7 +276,7 @@ struct MergedRows {
     __device__ __forceinline__ MergedRows() {}
     __device__ __forceinline__ MergedRows(
         const MlaDecodeParams& params, const Merge& merge, int request, int strip, int number, int lane) {
-        const int groups = merge.lines * (kept_in_halves(params) ? 2 : 1);
+        const int groups = merge.lines * GROUPS_A_LINE;
         const int column = strip % 2 * (HEAD_DIM_V / 2) + number * groups * GROUP_COLUMNS + lane % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -280,7 +293,8 @@ struct MergedRows {
     }
     // Groups from `group` on, `count` of them.
     template <int GROUPS>
-    __device__ __forceinline__ void write(const MlaDecodeParams& params, const PieceSum<GROUPS>& total, int group, int count) const {
+    __device__ __forceinline__ void write(
+        const MlaDecodeParams& params, const PieceSum<GROUPS>& total, int group, int count) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (out[half] == nullptr) continue;
@@ -291,9 +305,10 @@ struct MergedRows {
             for (int g = 0; g < GROUPS; g++) {
                 if (g >= count) break;
                 const float4& o = total.output[g];
-                const u32 pair = half == 0 ? pack2<Element>(o.x * inverse, o.y * inverse) : pack2<Element>(o.z * inverse, o.w * inverse);
+                const float first = half == 0 ? o.x : o.z, second = half == 0 ? o.y : o.w;
+                const u32 pair = pack2<Element>(first * inverse, second * inverse);
                 u16* const to = out[half] + (group + g) * GROUP_COLUMNS;
-                if (params.out_is_aligned) {
+                if (config::ALIGNED || params.out_is_aligned) {
                     *reinterpret_cast<u32*>(to) = pair;
                 } else {
                     to[0] = pair;
@@ -338,25 +353,28 @@ __device__ __forceinline__ PieceSum<1> add_team(const Team& team, int group, int
 template <int LINES, int LOADS>
 __device__ __forceinline__ bool merge_task(const MlaDecodeParams& params, Team& team, const Merge& merge, const TaskPieces& from,
     MergedRows& rows, int request, int strip, int number, int warp, int lane) {
-    const int groups_a_line = from.in_halves ? 2 : 1;
 #pragma unroll 1
     for (int line = 0; line < uniform(merge.lines); line += LINES) {
-        PieceSum<2 * LINES> total;
+        PieceSum<GROUPS_A_LINE * LINES> total;
         const auto find_rows = [&] { rows = MergedRows(params, merge, request, strip, number, lane); };
         const auto if_there_is_room = [&] {
             if (LINES < 8) find_rows();
         };
-        if (!add_pieces<LINES, LOADS>(total, from, uniform(merge.team) ? warp : 0, uniform(merge.team) ? LOG2_CONSUMER_WARPS : 0, uniform(merge.pieces), line,
-                                      config::MERGE_PATIENCE, lane, if_there_is_room)) return false;
+        const int first = uniform(merge.team) ? warp : 0, step = uniform(merge.team) ? LOG2_CONSUMER_WARPS : 0;
+        if (!add_pieces<LINES, LOADS>(
+                total, from, first, step, uniform(merge.pieces), line, config::MERGE_PATIENCE, lane, if_there_is_room)) {
+            return false;
+        }
         if (LINES >= 8) find_rows();
         if (merge.team) {
 #pragma unroll
-            for (int i = 0; i < 2 * LINES; i++) {
-                if (i < LINES * groups_a_line) team.output[warp][line * groups_a_line + i][lane] = total.output[i];
+            for (int i = 0; i < GROUPS_A_LINE * LINES; i++) {
+                if (i >= min(LINES, merge.lines) * GROUPS_A_LINE) break;
+                team.output[warp][line * GROUPS_A_LINE + i][lane] = total.output[i];
             }
             team.weights[warp][lane] = {total.largest[0], total.largest[1], total.sum[0], total.sum[1]};
         } else {
-            rows.write(params, total, line * groups_a_line, LINES * groups_a_line);
+            rows.write(params, total, line * GROUPS_A_LINE, min(LINES, merge.lines) * GROUPS_A_LINE);
         }
     }
     return true;
@@ -370,13 +388,14 @@ __device__ __forceinline__ void merge_share(
 #pragma unroll 1
     for (int task = uniform(merge.team ? merge.piece : merge.piece * CONSUMER_WARPS + warp); task < uniform(merge.tasks());
          task += uniform(merge.workers)) {
-        const int tasks_a_strip = uniform(merge.tasks_a_strip), strip = task / tasks_a_strip, number = task % tasks_a_strip;
+        const int strip = task >> merge.log2_tasks, number = task - (strip << merge.log2_tasks);
         const TaskPieces from(params, shared, end, merge, strip, number);
         MergedRows rows;
         // As many loads at once as there are registers for.
-        bool complete = merge.lines < 8
-                            ? merge_task<2, 8>(params, team, merge, from, rows, request, strip, number, warp, lane)
-                            : merge_task<8, 2>(params, team, merge, from, rows, request, strip, number, warp, lane);
+        bool complete =
+            merge.lines <= 2   ? merge_task<2, 8>(params, team, merge, from, rows, request, strip, number, warp, lane)
+            : merge.lines == 4 ? merge_task<4, 4>(params, team, merge, from, rows, request, strip, number, warp, lane)
+                               : merge_task<8, 2>(params, team, merge, from, rows, request, strip, number, warp, lane);
         trace.mark(TRACE_FETCHED);
         if (merge.team) {
             if (lane == 0) team.complete[here(warp)] = complete;
@@ -384,7 +403,7 @@ __device__ __forceinline__ void merge_share(
             complete = __all_sync(0xFFFFFFFF, team.complete[here(lane) % CONSUMER_WARPS]);
             if (complete) {
 #pragma unroll 1
-                for (int group = here(warp); group < merge.lines * (from.in_halves ? 2 : 1); group += CONSUMER_WARPS) {
+                for (int group = here(warp); group < merge.lines * GROUPS_A_LINE; group += CONSUMER_WARPS) {
                     rows.write(params, add_team(team, group, lane), group, 1);
                 }
             }
@@ -400,15 +419,14 @@ __device__ __forceinline__ void merge_share(
 // A task that was left behind, by one warp.
 __device__ __forceinline__ void merge_orphan(
     const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int request, int task, int lane) {
-    const int strip = task / merge.tasks_a_strip, number = task % merge.tasks_a_strip;
+    const int strip = task >> merge.log2_tasks, number = task - (strip << merge.log2_tasks);
     const TaskPieces from(params, shared, end, merge, strip, number);
     const MergedRows rows(params, merge, request, strip, number, lane);
-    const int groups_a_line = from.in_halves ? 2 : 1;
 #pragma unroll 1
     for (int line = 0; line < merge.lines; line++) {
-        PieceSum<2> total;
+        PieceSum<GROUPS_A_LINE> total;
         add_pieces<1, 1>(total, from, 0, 0, merge.pieces, line, FOR_EVER, lane, [] {});
-        rows.write(params, total, line * groups_a_line, groups_a_line);
+        rows.write(params, total, line * GROUPS_A_LINE, GROUPS_A_LINE);
     }
 }
 
@@ -435,7 +453,9 @@ __device__ __forceinline__ void depart(
             __syncwarp();
             tasks = __shfl_sync(0xFFFFFFFF, tasks, 0);
             if (lane == 0) state.orphans[word] = 0;
-            for (; tasks != 0; tasks &= tasks - 1) merge_orphan(params, shared, end, merge, request, word * 32 + __ffs(tasks) - 1, lane);
+            for (; tasks != 0; tasks &= tasks - 1) {
+                merge_orphan(params, shared, end, merge, request, word * 32 + __ffs(tasks) - 1, lane);
+            }
         }
     }
     if (lane == 0) state.departures = 0;

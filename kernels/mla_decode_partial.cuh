@@ -7,7 +7,8 @@
 //
 // Few rows are kept in float32: a group a line, no arithmetic. Full tiles for results in bf16 are kept in fp16 (11 bits
 // against 8), two groups a line, each row with the power of two that brings its largest number near the largest of fp16:
-// what L2 moves halves.
+// what L2 moves halves. That is for config::KEPT_IN_HALVES to say: all thread blocks of a call do the same, and code that
+// does not run still costs time to skip.
 //
 // Every 64-bit word of the workspace says itself whether it has been written: its lowest bit, the word's phase, is another
 // than before. (Readers clear that bit, so that it never changes a result.) All words of a strip are written at once, so a
@@ -29,11 +30,9 @@ constexpr int WEIGHTS = STRIP_ROWS / 2;  // of rows r and r + 8, 32 bytes each
 __device__ __forceinline__ int strips_a_tile(const MlaDecodeParams& params) {
     return min((params.rows_per_group + STRIP_ROWS - 1) / STRIP_ROWS * 2, TILE_STRIPS);
 }
-__device__ __forceinline__ bool kept_in_halves(const MlaDecodeParams& params) {
-    return SameType<config::Element, Bf16>::value && strips_a_tile(params) == TILE_STRIPS;
-}
-__device__ __forceinline__ int lines_a_strip(bool in_halves) { return in_halves ? STRIP_GROUPS / 2 : STRIP_GROUPS; }
-__device__ __forceinline__ int strip_size(bool in_halves) { return lines_a_strip(in_halves) * 32 + 2 * WEIGHTS; }  // in 16 bytes
+constexpr int GROUPS_A_LINE = config::KEPT_IN_HALVES ? 2 : 1;
+constexpr int LINES_A_STRIP = STRIP_GROUPS / GROUPS_A_LINE;
+constexpr int STRIP_SIZE = LINES_A_STRIP * 32 + 2 * WEIGHTS;  // in 16 bytes
 
 // A word: two numbers, or four halves.
 struct PieceWord {
@@ -54,8 +53,12 @@ struct PieceWord {
 // Two words, as they are moved.
 struct PieceWords {
     PieceWord low, high;
-    __device__ __forceinline__ void store(void* to, u32 phase) const { store_for_other_blocks(to, low.with(phase), high.with(phase)); }
-    __device__ __forceinline__ void load(const void* from, bool wanted) { load_from_other_blocks(low.bits, high.bits, from, wanted); }
+    __device__ __forceinline__ void store(void* to, u32 phase) const {
+        store_for_other_blocks(to, low.with(phase), high.with(phase));
+    }
+    __device__ __forceinline__ void load(const void* from, bool wanted) {
+        load_from_other_blocks(low.bits, high.bits, from, wanted);
+    }
     __device__ __forceinline__ void add_if_of(u32 phase, u32& sum) const {
         low.add_if_of(phase, sum);
         high.add_if_of(phase, sum);

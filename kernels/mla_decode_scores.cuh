@@ -14,6 +14,8 @@ using QueryBoxes = u32[Q_IN_REGISTERS][K_STEPS][4];
 
 __device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, const Ring<PAIRS>& pair, const Place& place) {
 #pragma unroll
+    for (int i = 0; i < Q_PAIRS; i++) wait(shared.pair_full[(pair + i).at()], (pair + i).turn());
+#pragma unroll
     for (int box = 0; box < Q_IN_REGISTERS; box++) {
         const u32 matrices = place.matrices(shared.pairs[(pair + box / 2).at()][box % 2]);
 #pragma unroll
@@ -23,13 +25,16 @@ __device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, 
     for (int i = 0; i < Q_PAIRS; i++) arrive_as_warp(shared.pair_empty[(pair + i).at()], place.lane);
 }
 
-// S = Q K^T, box by box as they land, in the order in which they are asked for. Whether the next box is there is asked before the
-// products of this one, which are short. `almost_done` is called when all but the last box are under way, some 300 cycles before the end.
+// S = Q K^T, box by box as they land, in the order in which they are asked for. Whether the next box is there is asked before
+// the products of this one, which are short. `almost_done` is called when all but the last box are under way, some 300 cycles
+// before the end.
 template <class AlmostDone>
 __device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shared, const QueryBoxes& q, const Ring<PAIRS>& pair,
     const Ring<TAILS>& tail, AlmostDone almost_done) {
     constexpr int ORDER[BOXES] = {0, 1, 2, 3, 4, 5, ROPE_BOX, 6, 7};
-    auto full = [&](int box) -> const u64& { return box == ROPE_BOX ? shared.tail_full[tail.at()] : shared.pair_full[(pair + box / 2).at()]; };
+    auto full = [&](int box) -> const u64& {
+        return box == ROPE_BOX ? shared.tail_full[tail.at()] : shared.pair_full[(pair + box / 2).at()];
+    };
     auto turn = [&](int box) { return box == ROPE_BOX ? tail.turn() : (pair + box / 2).turn(); };
     auto begins_pair = [](int box) { return box == ROPE_BOX || box % 2 == 0; };
     bool landed = false;
@@ -38,15 +43,19 @@ __device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shar
         const int box = ORDER[i];
         if (begins_pair(box) && !landed) wait(full(box), turn(box));
         if (i == 0) wgmma_fence();
-        if (i + 1 < BOXES && begins_pair(ORDER[i + 1])) landed = mbarrier_test(shared_address(&full(ORDER[i + 1])), turn(ORDER[i + 1]));
+        if (i + 1 < BOXES && begins_pair(ORDER[i + 1])) {
+            landed = mbarrier_test(shared_address(&full(ORDER[i + 1])), turn(ORDER[i + 1]));
+        }
         if (i + 1 == BOXES) almost_done();
-        const u64 k = box == ROPE_BOX ? descriptor(TAILS_OFFSET) + tail.at() * NEXT_BOX : descriptor(box % 2 * BOX_BYTES) + (pair + box / 2).at() * NEXT_PAIR;
+        const u64 k = box == ROPE_BOX ? descriptor(TAILS_OFFSET) + tail.at() * NEXT_BOX
+                                      : descriptor(box % 2 * BOX_BYTES) + (pair + box / 2).at() * NEXT_PAIR;
 #pragma unroll
         for (int step = 0; step < K_STEPS; step++) {
             if (box < Q_IN_REGISTERS) {
                 wgmma_n64_rs<Element>(scores, q[box][step], k + step * STEP_K_MAJOR, i > 0 || step > 0);
             } else {
-                wgmma_n64_ss<Element>(scores, descriptor(Q_OFFSET + (box - Q_IN_REGISTERS) * BOX_BYTES) + step * STEP_K_MAJOR, k + step * STEP_K_MAJOR, true);
+                const u64 in_shared = descriptor(Q_OFFSET + (box - Q_IN_REGISTERS) * BOX_BYTES);
+                wgmma_n64_ss<Element>(scores, in_shared + step * STEP_K_MAJOR, k + step * STEP_K_MAJOR, true);
             }
         }
     }
@@ -72,8 +81,8 @@ __device__ __forceinline__ void clean_values(Shared& shared, const Ring<PAIRS>& 
     }
 }
 
-__device__ __forceinline__ void mask_scores(float (&scores)[32], const MlaDecodeParams& params, Shared& shared, const Ring<PAIRS>& pair, const Piece& piece,
-    int first_row, int block, bool valid) {
+__device__ __forceinline__ void mask_scores(float (&scores)[32], const MlaDecodeParams& params, Shared& shared,
+    const Ring<PAIRS>& pair, const Piece& piece, int first_row, int block, bool valid) {
     const Place place(here(threadIdx.x));  // again, rather than keep what is rarely used
     const int first_key = block * KEYS, length = piece.length;
 #pragma unroll
@@ -134,7 +143,8 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
-    int left = Part(shared.plan_row, gridDim.z, params.batch).last_request - Part(shared.plan_row, gridDim.z, params.batch).first_request + 1;
+    const Part part(shared.plan_row, gridDim.z, params.batch);
+    int left = part.last_request - part.first_request + 1;
     for (; left > 0; left--) {
         const Piece& piece = shared.pieces[note.at()];
         QueryBoxes q;
@@ -167,7 +177,8 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             const float before[2] = {reference[0], reference[1]};
 #pragma unroll
             for (int half = 0; half < 2; half++) reference[half] = block_reference(scores, half, before[half], scale);
-            const bool rescales = block > piece.first && __any_sync(0xFFFFFFFF, reference[0] != before[0] || reference[1] != before[1]);
+            const bool rescales =
+                block > piece.first && __any_sync(0xFFFFFFFF, reference[0] != before[0] || reference[1] != before[1]);
             if (rescales) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -181,10 +192,11 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             for (int half = 0; half < 2; half++) exponentiate(scores, half, reference[half], scale, sum[half]);
             store_probabilities(shared.tails[tail.at()], scores, place);
 
-            // 3. Its product with the values may begin: at once if we have to wait for the next keys; else when our next S is
-            // done, so that the tensor cores have the product to do while we do the next probabilities.
+            // 3. Its product with the values may begin: at once if we have to wait for the next keys; else when all of our next
+            // S but the end is under way, so that the tensor cores have the product to do while we do the next probabilities.
             const Ring<PAIRS> next = pair + (gridDim.x > 2 ? Q_PAIRS - 1 : PAIRS_A_BLOCK - 1);
-            held_back = block + 1 < last && __any_sync(0xFFFFFFFF, mbarrier_test(shared_address(&shared.pair_full[next.at()]), next.turn()));
+            const bool landed = mbarrier_test(shared_address(&shared.pair_full[next.at()]), next.turn());
+            held_back = block + 1 < last && __any_sync(0xFFFFFFFF, landed);
             if (!held_back) arrive_as_warp(shared.p_ready[tail.at()], place.lane);
             trace.mark(TRACE_P);
             tail += 1;
@@ -196,6 +208,7 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             shared.row_sum[note.at()][place.row(half)] = sum[half];
             shared.row_reference[note.at()][place.row(half)] = reference[half];
         }
+        trace.mark(TRACE_SUMS);
         arrive_as_warp(shared.sums_ready[note.at()], place.lane);
         if (place.lane == 0) {
             mbarrier_arrive(shared_address(&shared.q_empty));

@@ -50,21 +50,20 @@ struct RowSums {
 };
 
 // A piece of a cut request, for the merge: the accumulators as they are, or in halves, and what they are relative to.
-__device__ __forceinline__ void write_partial(const MlaDecodeParams& params, const Shared& shared, int end, const float (&output)[128],
-    const RowSums& rows, const Place& place, int side) {
+__device__ __forceinline__ void write_partial(const MlaDecodeParams& params, const Shared& shared, int end,
+    const float (&output)[128], const RowSums& rows, const Place& place, int side) {
     const int strip = place.warp * 2 + side, slot = piece_slot(blockIdx.z, gridDim.z, end == BACK);
     const Merge& merge = shared.merges[end];
     if (strip >= merge.strips) return;
-    const bool in_halves = kept_in_halves(params);
     const u32 phase = (shared.phases[end][merge.piece] >> strip & 1) ^ 1;
-    PieceWords* const to = piece_strips(params, slot) + strip * strip_size(in_halves) + place.lane;
+    PieceWords* const to = piece_strips(params, slot) + strip * STRIP_SIZE + place.lane;
     float relative_to[2], kept_relative_to[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         relative_to[half] = rows.sum[half] == 0.0f ? NO_REFERENCE : rows.reference[half] * params.scale_log2;
         kept_relative_to[half] = relative_to[half];
     }
-    if (in_halves) {
+    if constexpr (config::KEPT_IN_HALVES) {
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -89,7 +88,7 @@ __device__ __forceinline__ void write_partial(const MlaDecodeParams& params, con
         }
     }
     if (place.leads_quad()) {
-        PieceWords* const at = to - place.lane + lines_a_strip(in_halves) * 32 + place.lane / 4 * 2;
+        PieceWords* const at = to - place.lane + LINES_A_STRIP * 32 + place.lane / 4 * 2;
         const PieceWords weights = {{relative_to[0], relative_to[1]}, {rows.sum[0], rows.sum[1]}};
         const PieceWords kept = {{kept_relative_to[0], kept_relative_to[1]}, {0.0f, 0.0f}};
         weights.store(at, phase);
@@ -98,13 +97,16 @@ __device__ __forceinline__ void write_partial(const MlaDecodeParams& params, con
 }
 
 // A whole request: 16-bit, in the caller's strides. All is rounded first, which sets half of the registers free.
-__device__ __forceinline__ void write_output(const MlaDecodeParams& params, const float (&output)[128], const RowSums& rows, const Place& place,
-    int side, int request) {
-    const RowSum row_sums[2] = {RowSum(rows.sum[0], rows.reference[0] * params.scale_log2), RowSum(rows.sum[1], rows.reference[1] * params.scale_log2)};
+__device__ __forceinline__ void write_output(const MlaDecodeParams& params, const float (&output)[128], const RowSums& rows,
+    const Place& place, int side, int request) {
+    const RowSum row_sums[2] = {RowSum(rows.sum[0], rows.reference[0] * params.scale_log2),
+                                RowSum(rows.sum[1], rows.reference[1] * params.scale_log2)};
     const float inverse[2] = {row_sums[0].inverse(), row_sums[1].inverse()};
     u32 rounded[64];
 #pragma unroll
-    for (int i = 0; i < 64; i++) rounded[i] = here(pack2<Element>(output[i * 2] * inverse[i % 2], output[i * 2 + 1] * inverse[i % 2]));
+    for (int i = 0; i < 64; i++) {
+        rounded[i] = here(pack2<Element>(output[i * 2] * inverse[i % 2], output[i * 2 + 1] * inverse[i % 2]));
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = blockIdx.x * ROWS + place.row(half);
@@ -119,7 +121,7 @@ __device__ __forceinline__ void write_output(const MlaDecodeParams& params, cons
             for (int i = 0; i < 4; i++) words[i] = rounded[(group + i) * 2 + half];
             transpose_quad(words, place.lane);
             if (!valid) continue;
-            if (params.out_is_aligned) {
+            if (config::ALIGNED || params.out_is_aligned) {
                 *reinterpret_cast<uint4*>(out + group * 8) = {words[0], words[1], words[2], words[3]};
             } else {
 #pragma unroll

@@ -7,10 +7,12 @@
 constexpr int TRACE_ROLES = 6, TRACE_LOADER = 2, TRACE_MERGING = 3, TRACE_SCORER = 5;
 constexpr int TRACE_BLOCKS = 256;  // of the grid, in the order of their numbers; later ones leave no trace
 
+constexpr int TRACE_ROOM = config::TRACE_EVENTS > 0 ? config::TRACE_EVENTS : 1;
+
 // One event: nanoseconds of the device's clock in the high half, then 26 bits of the SM's cycle counter, then the kind. The
 // device's clock takes long to read, so events within a block of keys leave it 0.
 extern "C" {
-__device__ u64 trace_log[config::TRACE_EVENTS > 0 ? TRACE_BLOCKS * TRACE_ROLES * config::TRACE_EVENTS : 1];
+__device__ u64 trace_log[config::TRACE_EVENTS > 0 ? TRACE_BLOCKS * TRACE_ROLES * TRACE_ROOM : 1];
 }
 
 namespace {
@@ -30,29 +32,28 @@ enum TraceKind : u32 {  // timeline.py has the same list
 };
 
 struct Trace {
-    u64* next;
-    int left;
+    int next;  // where in the log; negative: no more
 
     // For the thread that calls it with `active`.
     __device__ __forceinline__ Trace(int role, bool active) {
         if constexpr (config::TRACE_EVENTS > 0) {
             const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-            next = trace_log + (block * TRACE_ROLES + role) * config::TRACE_EVENTS;
-            left = active && block < TRACE_BLOCKS ? config::TRACE_EVENTS : 0;
+            next = active && block < TRACE_BLOCKS ? (block * TRACE_ROLES + role) * TRACE_ROOM : -1;
             mark(TRACE_START);
         }
     }
     __device__ __forceinline__ void mark(TraceKind kind) {
         if constexpr (config::TRACE_EVENTS > 0) {
-            if (left == 0) return;
+            if (next < 0) return;
             u64 nanoseconds = 0;
             u32 cycles;
             if (kind <= TRACE_Q || (kind >= TRACE_SUMS && kind <= TRACE_FETCHED)) {
                 asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds)::"memory");
             }
             asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles)::"memory");
-            *next++ = nanoseconds << 32 | (cycles << 6 | kind);
-            left--;
+            trace_log[next] = nanoseconds << 32 | (cycles << 6 | kind);
+            next++;
+            if (next % TRACE_ROOM == 0) next = -1;
         }
     }
 };

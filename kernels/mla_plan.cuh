@@ -19,6 +19,7 @@ struct PlanRow {
     int reserved;
 };
 constexpr int PLAN_ROW_INTS = 8;
+constexpr int MOST_BLOCKS = 1 << 25;  // of a request: 2^31 keys
 static_assert(sizeof(PlanRow) == PLAN_ROW_INTS * sizeof(int), "a plan row is 8 int32");
 
 // Pieces of cut requests are kept in a workspace with two slots a part: one for a request's first piece (always the
@@ -38,7 +39,7 @@ struct Part {
     // A lone part has no others to share a request with, and no workspace.
     __device__ __forceinline__ Part(const PlanRow& row, int num_parts, int batch)
         : first_request(clamp(row.begin_request, 0, batch)), last_request(clamp(row.end_request, -1, batch - 1)),
-          begin_block(row.begin_block < 0 || num_parts == 1 ? 0 : row.begin_block), end_block(max(row.end_block, 0)),
+          begin_block(num_parts == 1 ? 0 : clamp(row.begin_block, 0, MOST_BLOCKS)), end_block(max(row.end_block, 0)),
           end_is_cut(row.end_is_cut != 0 && num_parts > 1 && row.end_request < batch) {}
     // The piece of a request that the part holds begins and ends so ...
     __device__ __forceinline__ int begin(int request) const { return request == first_request ? begin_block : 0; }

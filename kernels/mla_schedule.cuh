@@ -2,8 +2,8 @@
 //
 // Model. Costs count 1/16 of the time that one part needs for one block of 64 keys. A request of n blocks costs
 // segment_cost + 16 n. A cut costs segment_cost once more (the query tile is loaded and an output written again) and
-// piece_cost for each piece (its output goes to the workspace). Any cut at all brings a merge: merge_cost, merge_longest_cost / 16 a
-// piece of the most divided request, and merge_cut_cost / 16 a cut. The finish time of a plan is its dearest part plus its merge.
+// piece_cost for each piece (its output goes to the workspace). Any cut at all brings a merge: merge_cost, and
+// merge_longest_cost / 16 a piece of the most divided request. The finish time of a plan is its dearest part plus its merge.
 //
 // Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests). Its cuts
 // stand at equal distances on the line of costs; a warp evaluates a candidate, a lane a part, by binary search in the
@@ -59,6 +59,7 @@ struct Planner {
     const MlaScheduleParams& params;
     const int* prefix;  // [batch + 1] cost of all requests before this one
     int total;          // prefix[batch]
+    int total_blocks;
 
     // The planned blocks of a request: its length, capped so that sums stay in 32 bits.
     __device__ __forceinline__ int blocks(int request) const {
@@ -99,7 +100,7 @@ struct Planner {
     // The finish time that the model gives a candidate. Called by a whole warp; every lane gets the result.
     __device__ int evaluate(int parts, int slack) const {
         const int lane = threadIdx.x % 32;
-        int dearest = 0, most_pieces = 0, cuts = 0;
+        int dearest = 0, most_pieces = 0;  // of the most divided request; 0: none is cut
         Cut carried = {0, 0};
         for (int base = 0; base < parts; base += 32) {
             const int part = base + lane;
@@ -115,7 +116,6 @@ struct Planner {
                     const int line = total - params.segment_cost;  // its first cut, by the rule of locate
                     const int first = static_cast<int>(static_cast<i64>(prefix[end.request]) * parts / line) + 1;
                     most_pieces = max(most_pieces, part + 1 - first + 2);
-                    cuts++;
                 }
                 dearest = max(dearest, cost);
             }
@@ -124,22 +124,24 @@ struct Planner {
         for (int step = 16; step > 0; step /= 2) {
             dearest = max(dearest, __shfl_xor_sync(0xFFFFFFFF, dearest, step));
             most_pieces = max(most_pieces, __shfl_xor_sync(0xFFFFFFFF, most_pieces, step));
-            cuts += __shfl_xor_sync(0xFFFFFFFF, cuts, step);
         }
-        if (cuts == 0) return dearest;
-        return dearest + params.merge_cost + (params.merge_longest_cost * most_pieces + params.merge_cut_cost * cuts) / 16;
+        return most_pieces == 0 ? dearest : dearest + params.merge_cost + params.merge_longest_cost * most_pieces / 16;
     }
 
-    // How many parts candidate c uses: 0 puts whole requests on as few as finish no later, 1.. take 16/16, 15/16, ..., and 15
-    // as many as give every request the same number.
+    // How many parts candidate c uses: 0 puts whole requests on as few as finish no later, 1 takes no more than are needed for the
+    // largest to have as few blocks as it can, 2.. take 16/16, 15/16, ..., and 15 as many as give every request the same number.
     __device__ __forceinline__ int candidate_parts(int candidate, int useful_parts) const {
         const int choice = candidate % 16;
         if (choice == 0) {
             const int requests_a_part = (params.batch + useful_parts - 1) / useful_parts;
             return (params.batch + requests_a_part - 1) / requests_a_part;
         }
+        if (choice == 1) {
+            const int blocks_a_part = max((total_blocks + useful_parts - 1) / useful_parts, 1);
+            return max((total_blocks + blocks_a_part - 1) / blocks_a_part, 1);
+        }
         if (choice == 15 && params.batch <= useful_parts) return useful_parts / params.batch * params.batch;
-        const int parts = useful_parts * (17 - choice) / 16;
+        const int parts = useful_parts * (18 - choice) / 16;
         return parts > 1 ? parts : 1;
     }
     // ... and lets cuts slide by 0, 1/8, 1/4 or 1/2 of a part.
@@ -160,8 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
 
     // 1. The prefix sum of costs, a tile of requests at a time.
     int* prefix = batch <= PREFIX_IN_SHARED ? shared.prefix : params.num_splits;
-    Planner planner{params, prefix, 0};
-    int total_blocks = 0;
+    Planner planner{params, prefix, 0, 0};
     for (int base = 0; base < batch; base += THREADS) {
         const int request = base + thread;
         const int blocks = request < batch ? planner.blocks(request) : 0;
@@ -171,13 +172,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
         block_scan(blocks, shared.warp_totals, tile_blocks);
         if (request < batch) prefix[request] = planner.total + before;
         planner.total += tile_cost;
-        total_blocks += tile_blocks;
+        planner.total_blocks += tile_blocks;
     }
     if (thread == 0) prefix[batch] = planner.total;
     __syncthreads();
 
     // 2. Every warp evaluates its share of the candidates; no part shall get less than a block.
-    const int useful_parts = total_blocks < 1 ? 1 : (total_blocks < num_parts ? total_blocks : num_parts);
+    const int useful_parts = clamp(planner.total_blocks, 1, num_parts);
     for (int candidate = warp; candidate < CANDIDATES && batch > 0; candidate += WARPS) {
         const int parts = planner.candidate_parts(candidate, useful_parts);
         const int cost = planner.evaluate(parts, planner.candidate_slack(candidate, parts));

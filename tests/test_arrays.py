@@ -161,6 +161,13 @@ def test_a_torch_tensor_without_elements_in_memory_is_refused(torch: Any, kind: 
     assert view(torch.zeros(0), "q").shape == (0,)  # an empty one is legal
 
 
+def test_a_lazily_negated_torch_tensor_is_refused(torch: Any) -> None:
+    imaginary = torch.zeros(3, dtype=torch.complex64).conj().imag
+    with pytest.raises(TypeError, match=r"lse is a lazily negated view: pass lse.resolve_neg\(\)"):
+        view(imaginary, "lse")
+    assert view(imaginary.resolve_neg(), "lse").shape == (3,)
+
+
 def test_torch_subclasses(torch: Any) -> None:
     class Special(torch.Tensor):
         pass

@@ -121,6 +121,13 @@ def test_the_picture_in_the_docs_is_of_the_committed_results(document: dict[str,
     assert document["device"] in text
 
 
+def test_the_timeline_in_the_docs_is_of_the_committed_recording() -> None:
+    text = (ROOT / "docs" / "images" / "timeline.svg").read_text(encoding="utf-8")
+    recording = RESULTS.with_name("timeline-1x4096x128.json").read_text(encoding="utf-8")
+    assert hashlib.sha256(recording.encode()).hexdigest() in text
+    assert json.loads(recording)["digest"] == json.loads(RESULTS.read_text())["digest"]
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert program.main(["plot", *arguments]) == 1
     return capsys.readouterr().err

@@ -304,6 +304,7 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
     "meta": lambda tensor: tensor.to("meta"),
     "parameter": lambda tensor: torch.nn.Parameter(tensor, requires_grad=False),
     "without memory": lambda tensor: emptied(tensor),
+    "negated": lambda tensor: torch._neg_view(tensor),
 }
 
 
@@ -325,6 +326,31 @@ def test_tensors_of_unusual_kinds_take_the_long_way(machine: Machine, name: str,
         pytest.skip(f"torch can't make one: {error}")
     assert machine.call(call) is None
     assert machine.kernel.launches == []
+
+
+def test_a_call_amid_a_launch_leaves_the_addresses_alone(machine: Machine) -> None:
+    """A signal handler may run after the addresses are written and before the launch reads them."""
+    machine.settle(given(**RESULTS))
+    outer, inner = given(**RESULTS), given(out=OUT.clone(), lse=LSE.clone())
+    results = []
+
+    class Interrupted(Listener):
+        def again(self, *launch: Any) -> Callable[[], Any]:
+            proceed = super().again(*launch)
+
+            def interrupted() -> Any:
+                results.append(machine.call(inner))
+                return proceed()
+
+            return interrupted
+
+    kernel = Interrupted()
+    (note,) = recorded._local.notes.values()
+    note.places[0] = (kernel.again((1, 1, 66), 0, note.buffer), *note.places[0][1:])
+    for _ in range(2):
+        assert machine.call(outer) is not None
+    assert results == [None, None]
+    assert [launch["out"] for launch in kernel.launches] == [OUT.data_ptr()] * 2
 
 
 def test_a_plan_that_was_changed_in_place_is_looked_at(machine: Machine) -> None:

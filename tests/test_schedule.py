@@ -241,8 +241,7 @@ def finish_time(parts: Parts, blocks: list[int], model: CostModel) -> int:
     cuts = sum(count) - len(blocks)
     if cuts == 0:
         return dearest
-    by_size = model.merge_longest * max(count) + model.merge_cut * cuts
-    return dearest + model.merge + by_size // 16
+    return dearest + model.merge + model.merge_longest * max(count) // 16
 
 
 def planned_finish(lengths: list[int], num_parts: int, model: CostModel) -> int:
@@ -263,8 +262,8 @@ def test_no_plan_is_far_from_the_ideal(
     useful = min(max(sum(blocks), 1), num_parts)
     mean = math.ceil((total - model.segment) / useful)
     cut = model.segment + 2 * model.piece + COST_UNIT + 1
-    by_size = model.merge_longest * (num_parts + 1) + model.merge_cut * num_parts
-    assert planned_finish(lengths, num_parts, model) <= mean + cut + model.merge + by_size // 16
+    merge = model.merge + model.merge_longest * (num_parts + 1) // 16
+    assert planned_finish(lengths, num_parts, model) <= mean + cut + merge
 
 
 @settings(max_examples=200, deadline=None)

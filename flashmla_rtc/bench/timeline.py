@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .problem import Pool, own_calls
 from .shapes import Shape
 
-EVENTS = 96  # a role; later ones are not kept
+EVENTS = 128  # a role; later ones are not kept
 ROLES = ("left", "right", "loader", "left merging", "right merging", "scorer")
 KINDS = (
     "none",
@@ -38,7 +38,8 @@ def decode_log(log: npt.NDArray[np.uint64]) -> list[dict[str, Any]]:
     """The events of every thread block that left any, in microseconds since the first of all.
 
     Returns one ``{"block", "roles": {role: [[kind, microseconds], ...]}}`` each. Events that carry
-    cycles only are placed between those of their role that carry the device's time as well.
+    cycles only are placed between those of their role that carry the device's time as well, or
+    behind the last of these at the rate that the block's longest role knows.
     """
     events = log.reshape(-1, len(ROLES), EVENTS)
     kinds = (events & ((1 << _KIND_BITS) - 1)).astype(np.int64)
@@ -50,11 +51,17 @@ def decode_log(log: npt.NDArray[np.uint64]) -> list[dict[str, Any]]:
     first = int(nanoseconds[used][:, 0].min())
     blocks = []
     for block in np.flatnonzero(used.any(axis=1)).tolist():
+        counts = (kinds[block] > 0).sum(axis=1).tolist()
+        clocks = [
+            (nanoseconds[block, number, :count], _elapsed(cycles[block, number, :count]))
+            for number, count in enumerate(counts)
+        ]
+        rate = max((_span(*clock) for clock in clocks), key=lambda span: span[0])[1]
         roles = {}
         for number, role in enumerate(ROLES):
-            count = int((kinds[block, number] > 0).sum())
+            count = counts[number]
             if count:
-                times = _times(nanoseconds[block, number, :count], cycles[block, number, :count])
+                times = _times(*clocks[number], rate)
                 names = [KINDS[kind] for kind in kinds[block, number, :count].tolist()]
                 roles[role] = [
                     [name, round((time - first) / 1e3, 3)]
@@ -64,16 +71,27 @@ def decode_log(log: npt.NDArray[np.uint64]) -> list[dict[str, Any]]:
     return blocks
 
 
+def _elapsed(cycles: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Cycles since the first event, of counters that wrap."""
+    return np.concatenate([[0], np.cumsum(np.diff(cycles) % (1 << _CYCLE_BITS))])
+
+
+def _span(nanoseconds: npt.NDArray[np.int64], elapsed: npt.NDArray[np.int64]) -> tuple[int, float]:
+    """Cycles between the first and the last event with the device's time, and ns a cycle there."""
+    known = np.flatnonzero(nanoseconds)
+    span = int(elapsed[known[-1]] - elapsed[known[0]]) if len(known) else 0
+    if span <= 0:
+        return 0, 1 / 1.7
+    return span, float(nanoseconds[known[-1]] - nanoseconds[known[0]]) / span
+
+
 def _times(
-    nanoseconds: npt.NDArray[np.int64], cycles: npt.NDArray[np.int64]
+    nanoseconds: npt.NDArray[np.int64], elapsed: npt.NDArray[np.int64], rate: float
 ) -> npt.NDArray[np.float64]:
     """Nanoseconds of all events: as read, or from the cycle counter between and after those."""
-    elapsed = np.concatenate([[0], np.cumsum(np.diff(cycles) % (1 << _CYCLE_BITS))])
     known = np.flatnonzero(nanoseconds)
     times = np.interp(elapsed, elapsed[known], nanoseconds[known].astype(np.float64))
     last = known[-1]
-    span = elapsed[last] - elapsed[known[0]]
-    rate = (nanoseconds[last] - nanoseconds[known[0]]) / span if span else 1 / 1.7
     times[last:] = nanoseconds[last] + (elapsed[last:] - elapsed[last]) * rate
     return times
 
@@ -92,7 +110,7 @@ def record(shape: Shape) -> dict[str, Any]:
     from flashmla_rtc.rtc.kernel import call, device_facts
 
     index = torch.cuda.current_device()
-    name = "mla_decode_bf16" if shape.dtype == "bfloat16" else "mla_decode_fp16"
+    name = variants.decode_name(shape.dtype, shape.seq_len_q * shape.heads_q, aligned=True)
     variant = variants.by_name(name)
     constants = tuple(
         (kind, constant, EVENTS if constant == "TRACE_EVENTS" else value)

@@ -47,6 +47,9 @@ __device__ __forceinline__ u32 atomic_or(u32* word, u32 bits) {
 // What this thread did before the fence is seen by whoever sees what it does after it, if that one fences as well.
 __device__ __forceinline__ void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// Has the line of device memory that holds `address` brought to L2. It may be written until it is read.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // Programmatic dependent launch: wait until the kernels before this one have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -65,6 +68,13 @@ __device__ __forceinline__ void grow_registers() {
 
 // Lane 0's value: the same in all lanes, and the compiler knows that it is.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }
+
+// Bits that any lane has, in all lanes.
+__device__ __forceinline__ u32 or_of_warp(u32 x) {
+    u32 all;
+    asm volatile("redux.sync.or.b32 %0, %1, 0xFFFFFFFF;" : "=r"(all) : "r"(x));
+    return all;
+}
 
 // True in exactly one lane of a converged warp.
 __device__ __forceinline__ bool elect_lane() {

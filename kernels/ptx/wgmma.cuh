@@ -39,9 +39,6 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_D16(d, i) WGMMA_D4(d, i), WGMMA_D4(d, i + 4), WGMMA_D4(d, i + 8), WGMMA_D4(d, i + 12)
 #define WGMMA_D32(d) WGMMA_D16(d, 0), WGMMA_D16(d, 16)
-#define WGMMA_D128(d) \
-    WGMMA_D16(d, 0), WGMMA_D16(d, 16), WGMMA_D16(d, 32), WGMMA_D16(d, 48), WGMMA_D16(d, 64), WGMMA_D16(d, 80), \
-        WGMMA_D16(d, 96), WGMMA_D16(d, 112)
 
 // Keeps the compiler from moving accesses to accumulators across this point, where products own them. Sixteen at a time:
 // one by one they take the compiler seconds.

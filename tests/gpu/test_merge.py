@@ -139,7 +139,8 @@ def test_a_value_far_larger_than_the_others_of_its_row() -> None:
 @pytest.mark.parametrize("heads_q", [16, 64, 128])
 def test_helpers_without_patience(heads_q: int) -> None:
     """Whoever does not find all pieces at the first look leaves its task to the last to depart."""
-    for dtype, name in ((torch.bfloat16, "mla_decode_bf16"), (torch.float16, "mla_decode_fp16")):
+    for dtype in (torch.bfloat16, torch.float16):
+        name = variants.decode_name(str(dtype).removeprefix("torch."), heads_q, aligned=True)
         variant = variants.by_name(name)
         constants = tuple(
             (kind, constant, 0 if constant == "MERGE_PATIENCE" else value)

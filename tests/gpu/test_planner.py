@@ -17,10 +17,10 @@ MODELS = [
     CostModel(),
     schedule.cost_model(16, 1),
     schedule.cost_model(128, 1),
-    CostModel(segment=0, piece=0, merge=0, merge_longest=0, merge_cut=0),
-    CostModel(segment=16, piece=0, merge=300, merge_longest=0, merge_cut=100),
-    CostModel(segment=500, piece=90, merge=1, merge_longest=20, merge_cut=1),
-    CostModel(segment=1, piece=300, merge=0, merge_longest=7, merge_cut=0),
+    CostModel(segment=0, piece=0, merge=0, merge_longest=0),
+    CostModel(segment=16, piece=0, merge=300, merge_longest=0),
+    CostModel(segment=500, piece=90, merge=1, merge_longest=20),
+    CostModel(segment=1, piece=300, merge=0, merge_longest=7),
 ]
 GARBAGE = -123456789
 

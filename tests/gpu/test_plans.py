@@ -118,6 +118,13 @@ def nonsense() -> dict[str, Any]:
         plans[f"any-{trial}"] = numbers(-(2**31), 2**31 - 1)
         plans[f"plausible-{trial}"] = numbers(0, 12)
         plans[f"counts-{trial}"] = numbers(-2, 300)
+
+    def far_beyond(shape: Any) -> torch.Tensor:
+        """Every part begins where no request has keys, and ends with a request that exists."""
+        row = torch.tensor([0, 2**31 - 1, 5, 2**31 - 1, 1, 0, 0, 0], dtype=torch.int64)
+        return row.expand(shape)
+
+    plans["far-beyond"] = far_beyond
     return plans
 
 
