@@ -184,7 +184,7 @@ _PHASES = {
     "scores": ("S = Q Kᵀ, and the wait for K", "#0072B2"),
     "p": ("softmax", "#E69F00"),
     "output": ("O += P V, and the wait for P", "#009E73"),
-    "sums": ("waits for the sums of rows", "#BBBBBB"),
+    "sums": ("makes, or waits for, the sums of rows", "#BBBBBB"),
     "written": ("writes", "#D55E00"),
     "fetched": ("waits for other pieces, adds them", "#CC79A7"),
     "issued": ("asks for K", "#56B4E9"),
