@@ -187,6 +187,14 @@ WORK = [
 ]
 
 
+def test_a_role_that_knows_one_time_goes_by_the_longest_role_s_clock() -> None:
+    short = [event("start", 0, 5_000), event("q", 300, 5_300)]  # another rate, and not for long
+    loader = [event("start", 700, 5_000), event("free", 2_700), event("issued", 4_700)]
+    roles = {"left": WORK, "right": short, "loader": loader}
+    (block,) = timeline.decode_log(log_of({0: roles}))
+    assert block["roles"]["loader"] == [["start", 0.0], ["free", 1.0], ["issued", 2.0]]
+
+
 def test_events_without_the_device_s_time_are_placed_by_cycles() -> None:
     late = [event("start", 0, 5_500)]
     blocks = timeline.decode_log(log_of({1: {"left": WORK, "right": late}, 3: {"left": late}}))
