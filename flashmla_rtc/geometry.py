@@ -12,6 +12,9 @@ BLOCK_ROWS = 64
 BLOCK_KEYS = 64
 """Keys a block of the plan holds: one page of the cache."""
 
+BOX_COLUMNS = 64
+"""Columns of a box of shared memory that the copy engine fills: 128 bytes a row."""
+
 HEAD_DIM = 576
 HEAD_DIM_V = 512
 PAGE_BLOCK_SIZE = 64
@@ -62,7 +65,7 @@ class CostModel:
     """What the planner weighs, in 1/16 of the time of one block of keys (see ``mla_schedule.cuh``).
 
     segment: every piece of a request: load the query tile, fill the pipeline, write an output.
-    piece: a piece of a cut request, on top: its output is float32 and goes to the workspace.
+    piece: a piece of a cut request, on top: its output goes to the workspace.
     merge: any cut at all: pieces are waited for and merged.
     merge_longest: the same, for each piece of the most divided request, in 1/16 of the unit.
     """
@@ -76,7 +79,12 @@ class CostModel:
 DECODE_PARAMS = ParamStruct(
     "MlaDecodeParams",
     (
-        ("TensorMap", "k_map"),  # k_cache as (head_dim, page, kv head, page number)
+        # k_cache as (column of a run, row of a page, run of 64 columns, KV head, page number), in
+        # boxes of two runs and of one
+        ("TensorMap", "k_map"),
+        ("TensorMap", "k_tail_map"),
+        # q as (head_dim, head, query, KV head, request), or zeros: see maps.py
+        ("TensorMap", "q_map"),
         ("const u16*", "q"),  # [batch, seq_len_q, heads_q, head_dim]
         ("u16*", "out"),  # [batch, seq_len_q, heads_q, head_dim_v]
         ("float*", "lse"),  # [batch, heads_q, seq_len_q], natural logarithm
@@ -103,6 +111,8 @@ DECODE_PARAMS = ParamStruct(
         ("int", "num_blocks"),  # pages in the cache
         ("int", "max_blocks"),  # columns of block_table
         ("int", "causal"),
+        ("int", "q_map_heads"),  # extent of q_map's second dimension
+        ("int", "q_map_rows"),  # of a box
         ("int", "q_is_aligned"),  # every row begins at a multiple of 16 bytes
         ("int", "out_is_aligned"),
         ("float", "scale_log2"),  # softmax_scale * log2(e)

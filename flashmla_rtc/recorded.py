@@ -19,14 +19,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from . import sm90
+from . import maps, sm90
 from .metadata import FlashMLASchedMeta
-from .rtc.kernel import on_device
+from .rtc.kernel import DriverError, on_device
 from .sm90 import Launched
 from .validation import validation_enabled
 
 ADDRESSES = (
     "k_map",
+    "k_tail_map",
+    "q_map",
     "q",
     "out",
     "lse",
@@ -36,11 +38,13 @@ ADDRESSES = (
     "partials",
     "merge_states",
 )
-"""How the parameters of the decode kernel begin: the cache's tensor map and all addresses."""
+"""How the parameters of the decode kernel begin: the tensor maps and all addresses."""
 
-_pack_addresses = struct.Struct("<128s8Q").pack_into
+_pack_addresses = struct.Struct("<256s128s8Q").pack_into
 
+_NO_MAP = bytes(maps.BYTES)
 _MOST_NOTES = 1024
+_MOST_ADDRESSES = 256
 _MOST_RECENT = 4
 _torch: Any = None
 
@@ -52,7 +56,6 @@ class _Local(threading.local):
     """A thread's notes by key, and those whose tensors torch compares, last found first."""
 
     recent: list[_Note] | None = None
-    is_launching = False  # a signal handler or finalizer that decodes must leave the notes alone
 
     def __init__(self) -> None:
         self.notes: dict[tuple[Any, ...], _Note] = {}
@@ -62,7 +65,10 @@ _local = _Local()
 
 
 class _Note:
-    """What was launched, for one thread. ``maps`` by the cache's address, ``places`` by stream.
+    """What was launched, for one thread. ``maps`` by the cache's address, ``query_maps`` by
+    q's, ``places`` by stream.
+
+    is_launching: a signal handler or finalizer that decodes amid a launch leaves the buffer alone.
 
     looks_same: whether the tensors given to it, as many as ``count``, look like those of the last
         call that was found by its key. It may say no of tensors with the same key. Notes that are
@@ -73,15 +79,21 @@ class _Note:
         "buffer",
         "causal",
         "count",
+        "current_device",
+        "current_stream",
         "empty",
         "head_dim_v",
         "index",
+        "is_capturing",
+        "is_launching",
         "looks_same",
         "made_for",
         "maps",
         "new_lse",
         "new_out",
         "places",
+        "query_map",
+        "query_maps",
         "replacements",
         "softmax_scale",
     )
@@ -92,13 +104,27 @@ class _Note:
         self.new_out = _contiguous((batch, seq_len_q, heads_q, self.head_dim_v), dtype)
         self.new_lse = _contiguous((batch, heads_q, seq_len_q), _torch.float32)
         self.empty = _shortcuts()[1] or _empty
+        self.current_device = _torch._C._cuda_getDevice
+        self.current_stream = _torch._C._cuda_getCurrentRawStream
+        self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
         self.replacements = sm90.replacements
         self.buffer = launched.kernel.pack(launched.values)
         self.made_for = made_for
+        self.is_launching = False
         self.count: int
         self.looks_same: Callable[..., bool]
         self.maps: dict[int, bytes] = {}
+        self.query_map = launched.query_map
+        self.query_maps: dict[int, bytes] = {}
         self.places: dict[int, tuple[Callable[[], tuple[Any, ...]], int, int]] = {}
+
+    def map_query(self, at: int) -> bytes:
+        """The tensor map of q at address ``at``, kept from now on."""
+        if len(self.query_maps) >= _MOST_ADDRESSES:
+            self.query_maps.clear()
+        found = self.query_map.at(at) if self.query_map else _NO_MAP
+        self.query_maps[at] = found
+        return found
 
 
 def key_of(
@@ -151,9 +177,8 @@ def launch_again(
 
     Nothing has been launched then.
     """
-    local = _local
-    recent = local.recent
-    if recent is None or local.is_launching:  # recent is None: nothing is noted yet in this thread
+    recent = _local.recent
+    if recent is None:  # this thread has not noted anything yet
         return None
     holder = None
     if type(plan) is FlashMLASchedMeta:
@@ -185,17 +210,18 @@ def launch_again(
     # The number of tensors tells which are there. With one result given it would not; such a call
     # is found by its key alone.
     tensors: tuple[Any, ...]
-    if (out is None) is not (lse is None):
-        tensors = ()
-    elif out is None:
-        if num_splits is None:
-            tensors = (q, k_cache, block_table, cache_seqlens, plan)
+    if out is not None and lse is not None:
+        if num_splits is not None:
+            tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
         else:
+            tensors = (q, k_cache, block_table, cache_seqlens, plan, out, lse)
+    elif out is lse:
+        if num_splits is not None:
             tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits)
-    elif num_splits is None:
-        tensors = (q, k_cache, block_table, cache_seqlens, plan, out, lse)
+        else:
+            tensors = (q, k_cache, block_table, cache_seqlens, plan)
     else:
-        tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
+        tensors = ()
     count = len(tensors)
     for note in recent:
         if (
@@ -215,26 +241,25 @@ def launch_again(
     else:
         whole = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)
         key = key_of(whole, head_dim_v, softmax_scale, causal)
-        found = local.notes.get(key) if key else None
+        found = _local.notes.get(key) if key else None
         if found is None:
             return None
         note = found
         _remember(note, tensors, recent)
 
-    if note.replacements != sm90.replacements or validation_enabled():
+    if note.is_launching or note.replacements != sm90.replacements or validation_enabled():
         return None
     if holder is not None and (holder._used is not plan or holder._made_for != note.made_for):
         return None
-    c = _torch._C
-    index = note.index
-    if c._cuda_getDevice() != index:
+    if note.current_device() != note.index:
         return None
-    stream = c._cuda_getCurrentRawStream(index)
-    if stream > 1 and c._cuda_isCurrentStreamCapturing():  # 0 and 1 can't be captured
+    stream = note.current_stream(note.index)
+    if stream > 1 and note.is_capturing():  # 0 and 1 can't be captured
         return None
-    place = note.places.get(stream)
-    k_map = note.maps.get(at_k)
-    if place is None or k_map is None:
+    try:
+        launch, partials, merge_states = note.places[stream]
+        k_map = note.maps[at_k]
+    except KeyError:
         return None
     if out is None:
         out = note.empty(*note.new_out)
@@ -246,13 +271,17 @@ def launch_again(
         at_q and at_out and at_plan and at_lse and at_table and at_lengths
     ):
         return None
-    launch, partials, merge_states = place
-    local.is_launching = True
+    try:
+        q_map = note.query_maps.get(at_q) or note.map_query(at_q)
+    except DriverError:
+        return None
+    note.is_launching = True
     try:
         _pack_addresses(
             note.buffer,
             0,
             k_map,
+            q_map,
             at_q,
             at_out,
             at_lse,
@@ -263,11 +292,11 @@ def launch_again(
             merge_states,
         )
         if launch()[0]:
-            with on_device(index):  # this thread has no context yet, or another device's
+            with on_device(note.index):  # this thread has no context yet, or another device's
                 if launch()[0]:
                     return None
     finally:
-        local.is_launching = False
+        note.is_launching = False
     return out, lse
 
 
@@ -307,9 +336,9 @@ def note(
             notes.clear()
         _local.recent = []  # what was noted under the same key is not to be found any more
         found = notes[key] = _Note(key, launched, made_for)
-    if len(found.maps) >= _MOST_NOTES:
+    if len(found.maps) >= _MOST_ADDRESSES:
         found.maps.clear()
-    found.maps[k_cache.data_ptr()] = values["k_map"]
+    found.maps[k_cache.data_ptr()] = values["k_map"] + values["k_tail_map"]
     again = launched.kernel.again(launched.grid, launched.stream, found.buffer)
     found.places[launched.stream] = (again, values["partials"], values["merge_states"])
 

@@ -33,12 +33,13 @@ def planned_blocks(cache_seqlens: np.ndarray) -> np.ndarray:
 
 
 # Measured on an H100, in microseconds (docs/performance.md): a block of keys when every SM streams,
-# with one row block and with two or more; what surrounds a piece of `fill` rows of 64; the merge.
+# with one row block and with two or more; what surrounds a piece of `fill` rows of 64; the merge,
+# and what each piece adds to it, with one row block and with more.
 _BLOCK_US = (3.3, 1.9)
 _SEGMENT_US = (3.0, 3.0)  # constant, and for a full tile
 _PIECE_US = (1.0, 4.5)
 _MERGE_US = 4.0
-_MERGE_LONGEST_US = 0.02
+_MERGE_LONGEST_US = (0.02, 0.1)
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def cost_model(rows_per_group: int, heads_k: int) -> CostModel:
         segment=round((_SEGMENT_US[0] + fill * _SEGMENT_US[1]) / unit),
         piece=round((_PIECE_US[0] + fill * _PIECE_US[1]) / unit),
         merge=round(_MERGE_US / unit),
-        merge_longest=round(16 * _MERGE_LONGEST_US / unit),
+        merge_longest=round(16 * _MERGE_LONGEST_US[rows_per_group > geometry.BLOCK_ROWS] / unit),
     )
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from . import arrays, geometry, schedule, variants, workspace
+from . import arrays, geometry, maps, schedule, variants, workspace
 from .arrays import View
 from .checks import DecodeShape
 from .geometry import CostModel
+from .maps import QueryMap
 from .rtc.compiler import compile_kernel
 from .rtc.kernel import DriverError, KernelTable, LoadedKernel, device_facts, on_device
 from .rtc.launch import Launcher
-from .rtc.tensor_map import tiled_map
 
 LOG2_E = math.log2(math.e)
 # A scale of 0 would turn the -inf of a masked score into NaN. This one gives the same results: no
@@ -32,6 +32,7 @@ class Launched(NamedTuple):
     stream: int
     captured: bool
     values: dict[str, Any]
+    query_map: QueryMap | None
 
 
 replacements = 0
@@ -159,13 +160,17 @@ def decode(
     stream = arrays.current_stream(q)
     with on_device(device):
         q_is_aligned, out_is_aligned = _rows_aligned(q), _rows_aligned(out)
-        name = variants.decode_name(shape.dtype, rows, q_is_aligned and out_is_aligned)
+        query_map = maps.query_map(shape, q.strides) if q_is_aligned and out_is_aligned else None
+        name = variants.decode_name(shape.dtype, rows, plain=query_map is not None)
         kernel = launcher(name, device)
         capture = workspace.capture_of(stream)
         places = workspace.layout(device_facts(device).num_sms, rows, shape.dtype)
         room = workspace.room(q, places, stream, capture) if parts > 1 else workspace.NOTHING
+        k_map, k_tail_map = maps.cache_maps(shape, k_cache, metadata)
         values = {
-            "k_map": _cache_map(shape, k_cache, metadata),
+            "k_map": k_map,
+            "k_tail_map": k_tail_map,
+            "q_map": query_map.at(q.pointer) if query_map else bytes(maps.BYTES),
             "q": q.pointer,
             "q_stride_batch": q.strides[0],
             "q_stride_seq": q.strides[1],
@@ -192,6 +197,8 @@ def decode(
             "num_blocks": shape.num_blocks,
             "max_blocks": shape.max_blocks,
             "causal": causal,
+            "q_map_heads": query_map.extents[1] if query_map else 1,
+            "q_map_rows": query_map.box[1] * query_map.box[2] if query_map else 0,
             "q_is_aligned": q_is_aligned,
             "out_is_aligned": out_is_aligned,
             "scale_log2": max(softmax_scale * LOG2_E, _LEAST_SCALE),
@@ -199,7 +206,7 @@ def decode(
         grid = (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts)
         kernel.launch(grid, stream, values)
         _keep_inputs(stream, q, k_cache, block_table, cache_seqlens, metadata)
-    return Launched(kernel, grid, stream, bool(capture), values)
+    return Launched(kernel, grid, stream, bool(capture), values, query_map)
 
 
 def _keep_inputs(stream: int, *views: View) -> None:
@@ -215,24 +222,4 @@ def _rows_aligned(array: View) -> bool:
     return all(
         stride % 8 == 0 or extent == 1
         for stride, extent in zip(array.strides[:3], array.shape[:3], strict=True)
-    )
-
-
-def _cache_map(shape: DecodeShape, k_cache: View, metadata: View) -> bytes:
-    """The tensor map of the cache as (head_dim, row of a page, KV head, page), boxes of 64 x 64.
-
-    A map can't be empty. For a cache without pages it names one that is never in use, at an address
-    that is as good as any other: no page number is valid then, and such pages are read as zeros
-    from outside the map.
-    """
-    strides = [
-        stride * 2 if extent > 1 else shape.head_dim * 2
-        for stride, extent in zip(k_cache.strides[:3], k_cache.shape[:3], strict=True)
-    ]
-    return tiled_map(
-        k_cache.pointer if shape.num_blocks else metadata.pointer,
-        shape.dtype,
-        (shape.head_dim, shape.page_block_size, shape.heads_k, max(shape.num_blocks, 1)),
-        (strides[1], strides[2], strides[0]),
-        (64, geometry.BLOCK_KEYS, 1, 1),
     )

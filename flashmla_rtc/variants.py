@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import geometry
@@ -23,6 +23,7 @@ _LAUNCHING_PYTHON = (
     "checks.py",
     "geometry.py",
     "interface.py",
+    "maps.py",
     "metadata.py",
     "recorded.py",
     "schedule.py",
@@ -62,6 +63,20 @@ class Variant:
     element: str | None = None
     constants: tuple[tuple[str, str, int], ...] = field(default=())
 
+    def but(self, name: str, **constants: int) -> Variant:
+        """The same kernel with other values of some of its constants, called ``name``.
+
+        Raises KeyError for a constant that it does not have.
+        """
+        unknown = constants.keys() - {constant for _, constant, _ in self.constants}
+        if unknown:
+            raise KeyError(f"{self.name} has no constant named {', '.join(sorted(unknown))}.")
+        replaced = tuple(
+            (kind, constant, constants.get(constant, value))
+            for kind, constant, value in self.constants
+        )
+        return replace(self, name=name, constants=replaced)
+
     def source(self) -> KernelSource:
         """The translation unit: one named block of constants, the parameter struct, the kernel."""
         element = [f"using Element = {self.element};"] if self.element else []
@@ -82,20 +97,20 @@ class Variant:
         return KernelSource(self.name, self.entry, text, _headers())
 
 
-def decode_name(dtype: str, rows_per_group: int, aligned: bool) -> str:
+def decode_name(dtype: str, rows_per_group: int, plain: bool) -> str:
     """The decode kernel for calls of this dtype and these rows.
 
-    aligned: every row of q and of out begins at a multiple of 16 bytes, as is usual. The kernels
-    for other calls are compiled when they are needed.
+    plain: a tensor map describes q (``maps.py``), and every row of out begins at a multiple of 16
+        bytes, as is usual. The kernels for other calls are compiled when they are needed.
     """
     few = dtype == "bfloat16" and not geometry.kept_in_halves(dtype, rows_per_group)
     name = f"mla_decode_{_SHORT[dtype]}"
-    return name + "_few_rows" * few + "_unaligned" * (not aligned)
+    return name + "_few_rows" * few + "_any_layout" * (not plain)
 
 
-def _decode(dtype: str, rows_per_group: int, aligned: bool) -> Variant:
+def _decode(dtype: str, rows_per_group: int, plain: bool) -> Variant:
     return Variant(
-        decode_name(dtype, rows_per_group, aligned),
+        decode_name(dtype, rows_per_group, plain),
         "mla_decode.cuh",
         "mla_decode",
         geometry.DECODE_PARAMS,
@@ -104,7 +119,7 @@ def _decode(dtype: str, rows_per_group: int, aligned: bool) -> Variant:
         {"bfloat16": "Bf16", "float16": "Fp16"}[dtype],
         (
             ("bool", "KEPT_IN_HALVES", int(geometry.kept_in_halves(dtype, rows_per_group))),
-            ("bool", "ALIGNED", int(aligned)),
+            ("bool", "PLAIN", int(plain)),
             ("int", "HEAD_DIM", geometry.HEAD_DIM),
             ("int", "HEAD_DIM_V", geometry.HEAD_DIM_V),
             ("int", "BLOCK_ROWS", geometry.BLOCK_ROWS),
@@ -141,20 +156,20 @@ def _schedule() -> Variant:
 @functools.cache
 def default_variants() -> tuple[Variant, ...]:
     """The kernels compiled at import, the slowest to compile first."""
-    return (*_decodes(aligned=True), _schedule())
+    return (*_decodes(plain=True), _schedule())
 
 
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """The default variants, and those that are compiled when they are needed."""
-    return (*default_variants(), *_decodes(aligned=False))
+    return (*default_variants(), *_decodes(plain=False))
 
 
-def _decodes(aligned: bool) -> tuple[Variant, ...]:
+def _decodes(plain: bool) -> tuple[Variant, ...]:
     return (
-        _decode("bfloat16", geometry.BLOCK_ROWS, aligned),
-        _decode("float16", geometry.BLOCK_ROWS, aligned),
-        _decode("bfloat16", 1, aligned),
+        _decode("bfloat16", geometry.BLOCK_ROWS, plain),
+        _decode("float16", geometry.BLOCK_ROWS, plain),
+        _decode("bfloat16", 1, plain),
     )
 
 

@@ -5,7 +5,7 @@
 // A thread block works on 64 query rows of one KV head and, through its part of the plan, on runs of 64-key blocks
 // (one block = one page). Four warpgroups:
 //
-//   producers  a thread copies K blocks by TMA, two warps copy Q
+//   producers  a thread has blocks of K copied by TMA, another one query tiles; a warp finds out about merges
 //   left       output columns   0..255
 //   right      output columns 256..511
 //   scorers    scores and probabilities of all blocks
@@ -30,15 +30,17 @@
 //
 // Who reads what, and why no barrier is missing:
 //   pieces[n]           written by the K loader before piece_ready; again when all roles have arrived at piece_empty.
-//   pairs               full when the copy engine says so, or for a query tile the Q loaders (q_ready). Released by left or right
-//                       behind their product, for which they waited for P and so for the end of S; those of a query tile by
-//                       the scorers.
+//   plan_row            written before plan_ready.
+//   pairs               full when the copy engine says so, or those who gather a query tile (and q_ready). Released by left or
+//                       right behind their product, for which they waited for P and so for the end of S; those of a query
+//                       tile by the scorers.
 //   tails[t]            rope columns, full when the copy engine says so; then P, written when all scorers have their S, before
 //                       p_ready. Released by left and right behind their product (tail_empty).
 //   page_is_valid[t], row_factor[t], rescales[t]   written before tail_full or p_ready, read before tail_empty.
-//   q                   written before q_ready, read by S; again after q_empty.
+//   q                   written before q_ready, read by S; again after q_empty. Rows that no tile has are zero from the start.
 //   row_sum[n], row_reference[n]   written before sums_ready, again in a piece for which pieces[n] was written again.
 #include "mla_decode_block.cuh"
+#include "mla_decode_gather.cuh"
 #include "mla_decode_load.cuh"
 #include "mla_decode_merge.cuh"
 #include "mla_decode_scores.cuh"
@@ -134,28 +136,27 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
     }
 }
 
-// Which merge a part's last work belongs to.
-__device__ __forceinline__ int last_end(const Part& part) {
-    return part.first_request == part.last_request && part.begin_block > 0 ? FRONT : BACK;  // front: a single piece
-}
-
 // Left and right merge the request that the part ends with a piece of, and depart from the merges that it has pieces in.
 __device__ __forceinline__ void finish_part(const MlaDecodeParams& params, Shared& shared) {
     const Part at_first = part(params, shared);
     if (at_first.first_request > at_first.last_request || (at_first.begin_block == 0 && !at_first.end_is_cut)) return;
     Trace trace(TRACE_MERGING + threadIdx.x / WARPGROUP - 1, threadIdx.x % WARPGROUP == 0);
-    named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);  // no one reads keys any more
-    if (shared.merges[last_end(at_first)].pieces > 0) {
-        const int consumer = here(threadIdx.x) - WARPGROUP;
-        merge_share(params, shared, last_end(at_first), at_first.last_request, uniform(consumer / 32), consumer % 32, trace);
-    }
+    wait(shared.tasks_ready, 0);
+    const int consumer = here(threadIdx.x) - WARPGROUP, warp = uniform(consumer / 32), lane = consumer % 32;
+    const int last = last_end(at_first);
+    u32 of_other = OTHERS_DEPART, of_last = OTHERS_DEPART;  // what departing from the merge at the other end said, and at the last
+    const Merge& other = shared.merges[1 - last];
+    if (consumer == 0 && other.pieces > 0) of_other = depart(params, other, false);
+    if (shared.merges[last].pieces > 0) of_last = merge_share(params, shared, last, at_first.last_request, warp, lane, trace);
     trace.mark(TRACE_WRITTEN);
-    named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);
-    const int consumer = here(threadIdx.x) - WARPGROUP, end = consumer / 32;
-    if (end > BACK || shared.merges[end].pieces == 0) return;  // a warp for the merge at each end
-    const Part at_last = part(params, shared);
-    depart(params, shared, end, end == FRONT ? at_last.first_request : at_last.last_request,
-           shared.left_task && end == last_end(at_last), consumer % 32);
+#pragma unroll 1
+    for (int i = 0; i < 2; i++) {
+        const u32 said = __shfl_sync(0xFFFFFFFF, i == 0 ? of_other : of_last, 0);
+        if (said == OTHERS_DEPART) continue;
+        const Part at_end = part(params, shared);
+        const int end = last_end(at_end) ^ 1 ^ i;
+        conclude(params, shared, end, end == FRONT ? at_end.first_request : at_end.last_request, said, here(threadIdx.x) % 32);
+    }
 }
 
 // Called by one warp: its lanes share the work.
@@ -173,13 +174,15 @@ __device__ __forceinline__ void init_barriers(Shared& shared, int lane) {
     }
     if (lane < PIECES) {
         init(shared.piece_ready[lane], 1);
-        init(shared.piece_empty[lane], 3 * WARPS + Q_LOADERS);
-        init(shared.q_ready[lane], Q_LOADERS * 32);
+        init(shared.piece_empty[lane], 3 * WARPS + Q_RELEASES);
+        init(shared.q_ready[lane], Q_ARRIVALS);
         init(shared.sums_ready[lane], WARPS);
     }
     if (lane == 0) {
         init(shared.q_empty, WARPS);
+        init(shared.plan_ready, PLAN_ROW_INTS);
         init(shared.merges_found, 2 * 32);
+        init(shared.tasks_ready, 1);
     }
     mbarrier_init_fence();
 }
@@ -192,7 +195,41 @@ __device__ __forceinline__ void ask_for_small_inputs(const MlaDecodeParams& para
     const i64 at = ((blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) * 32 + lane) * INTS_A_LINE;
     if (at < params.batch) prefetch_to_l2(params.cache_seqlens + at);
     const i64 page_numbers = (params.batch - 1) * params.block_table_stride + params.max_blocks;
-    if (params.block_table_stride >= params.max_blocks && at < page_numbers) prefetch_to_l2(params.block_table + at);
+    const bool has_rows = params.max_blocks > 0 && params.block_table_stride >= params.max_blocks;
+    if (has_rows && at < page_numbers) prefetch_to_l2(params.block_table + at);
+}
+
+// The same for the first block of keys, by a plan, lengths and page numbers that the kernel before may still change. No harm is
+// done if it does: what has been brought to L2 in vain is not used. Called by one thread: lanes that prefetched with different
+// maps, for which ptxas makes a loop, were seen to end in illegal instructions.
+__device__ __forceinline__ void ask_for_first_keys(const MlaDecodeParams& params) {
+    const int* const at = params.plan + blockIdx.z * PLAN_ROW_INTS;
+    auto word = [&](int i) { return load_from_other_blocks(at + i); };
+    const PlanRow row = {word(0), word(1), word(2), word(3), 0, word(5), 0, 0};
+    const Part part(row, gridDim.z, params.batch);
+    const int number = part.first_request, block = part.begin_block;
+    if (number > part.last_request || block >= params.max_blocks) return;
+    const int page = load_from_other_blocks(params.block_table + number * params.block_table_stride + block);
+    const int length = load_from_other_blocks(params.cache_seqlens + number);
+    const bool exists = block * KEYS < length && !(part.cut_at_end(number) && block >= part.end_block);
+    if (!exists || page < 0 || page >= params.num_blocks) return;
+    const u32 policy = gridDim.x > 1 ? L2_EVICT_NORMAL : L2_EVICT_FIRST;
+    static_assert(ROPE_BOX == 2 * PAIRS_A_BLOCK, "the last pair is the rope columns and what lies outside");
+#pragma unroll 1
+    for (int i = blockIdx.x; i <= PAIRS_A_BLOCK; i += gridDim.x) {  // row blocks share the work
+        tma_prefetch_5d(&params.k_map, 0, 0, i * 2, blockIdx.y, page, policy);
+    }
+}
+
+// Everything before this overlaps the end of the kernel before; behind it the part's row of the plan is there.
+__device__ __forceinline__ void start(const MlaDecodeParams& params, Shared& shared) {
+    wait_for_previous_kernel();
+    launch_next_kernel();
+    if (threadIdx.x < PLAN_ROW_INTS) {
+        reinterpret_cast<int*>(&shared.plan_row)[threadIdx.x] = params.plan[blockIdx.z * PLAN_ROW_INTS + threadIdx.x];
+        mbarrier_arrive(shared_address(&shared.plan_ready));
+    }
+    wait(shared.plan_ready, 0);
 }
 
 }  // namespace
@@ -208,35 +245,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     if (warp == 0) {
         if (shared_address(&shared) != config::SHARED_BASE) __trap();
         tma_prefetch_map(&params.k_map);
-        shared.left_task = 0;
+        tma_prefetch_map(&params.k_tail_map);
+        if (config::PLAIN) tma_prefetch_map(&params.q_map);
+        shared.done = 0;
         init_barriers(shared, threadIdx.x);
     } else if (warp == 1) {
         ask_for_small_inputs(params, threadIdx.x % 32);
-    }
-    wait_for_previous_kernel();  // everything above overlaps the end of the kernel before this one
-    launch_next_kernel();
-    if (threadIdx.x < PLAN_ROW_INTS) {
-        reinterpret_cast<int*>(&shared.plan_row)[threadIdx.x] = params.plan[blockIdx.z * PLAN_ROW_INTS + threadIdx.x];
+    } else if (config::PLAIN && !config::KEPT_IN_HALVES && warp == 2) {
+        clear_missing_rows(params, shared, threadIdx.x % 32);
     }
     __syncthreads();
 
     if (threadIdx.x < WARPGROUP) {
         shrink_registers<PRODUCER_REGISTERS>();
+        if (warp == 1 && elect_lane()) ask_for_first_keys(params);
+        start(params, shared);
         if (warp == 0) {
             if (elect_lane()) produce_k(params, shared);
+            __syncwarp();
+            claim_tasks(params, shared, here(threadIdx.x) % 32);
         } else if (warp == 1) {
             find_merge(params, shared, FRONT, first_row);
             find_merge(params, shared, BACK, first_row);
+        } else if constexpr (config::PLAIN) {
+            if (warp == 2 && elect_lane()) produce_q(params, shared);
         } else {
-            produce_q(params, shared);
+            gather_q(params, shared);
         }
     } else if (threadIdx.x >= 3 * WARPGROUP) {
         grow_registers<SCORE_REGISTERS>();
+        start(params, shared);
         produce_p(params, shared, first_row);
+        named_barrier_sync(SCORERS, WARPGROUP);  // as PTX wants it between two changes
         shrink_registers<PRODUCER_REGISTERS>();
     } else {
         grow_registers<OUTPUT_REGISTERS>();
+        start(params, shared);
         produce_output(params, shared);
+        named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);  // no one reads keys any more; and as above
         grow_registers<MERGE_REGISTERS>();
         finish_part(params, shared);
     }

@@ -21,12 +21,19 @@ static_assert(BOXES == VALUE_BOXES + 1 && VALUE_BOXES == 8, "the roles below div
 
 constexpr int WARPGROUP = 128;
 constexpr int THREADS = 4 * WARPGROUP;
+constexpr int CONSUMER_WARPS = 2 * WARPGROUP / 32, LOG2_CONSUMER_WARPS = 3;  // left's and right's
 constexpr int LEFT = 0, RIGHT = 1;  // halves of the output's columns, and the warpgroups that hold them
 // Registers a thread, of 512 that the four warpgroups share. At the end the scorers give theirs to those who merge.
 constexpr int PRODUCER_REGISTERS = 32, SCORE_REGISTERS = 160, OUTPUT_REGISTERS = 160, MERGE_REGISTERS = 224;
 static_assert(PRODUCER_REGISTERS + SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= 512, "as many as there are");
 static_assert(2 * PRODUCER_REGISTERS + 2 * MERGE_REGISTERS <= 512, "as many as there are");
-constexpr int Q_LOADERS = 2;  // warps, the last of the producers'
+constexpr int Q_LOADERS = 2;  // warps, the last of the producers', where Q is gathered by threads
+constexpr int Q_ARRIVALS = config::PLAIN ? 1 : Q_LOADERS * 32, Q_RELEASES = config::PLAIN ? 1 : Q_LOADERS;
+
+// Rows of a query tile that the copy engine brings; the others are zero.
+__device__ __forceinline__ int query_rows(const MlaDecodeParams& params) {
+    return config::KEPT_IN_HALVES || !config::PLAIN ? ROWS : params.q_map_rows;
+}
 
 // Rings of shared memory. Two neighbouring boxes of values are a pair: half of what left or right reads of a block.
 constexpr int PAIR_BYTES = 2 * BOX_BYTES, PAIRS_A_BLOCK = VALUE_BOXES / 2, PAIRS = 11;
@@ -43,16 +50,22 @@ constexpr float RANGE = 8.0f;  // probabilities reach 2^RANGE before the referen
 constexpr float LN_2 = 0.693147180559945309f;
 
 // A request's pieces lie in neighbouring parts: the first is the last work of part `head`, the others the first work of
-// the parts that follow. A task of their merge is `lines` neighbouring lines of one strip; workers take the tasks in turn.
+// the parts that follow. A task of their merge is `lines` neighbouring lines of one strip, and a worker has one of them or none.
 // Few pieces: a worker is a warp. Many: a team, which is all consumer warps of a thread block.
 struct Merge {
     int head, pieces;  // 0 pieces: none
-    int piece;         // which of them is ours, and the number of our first worker
+    int piece;         // which of them is ours
     int strips;        // of the tile, that have rows
-    int workers, lines;
+    int lines;
     int log2_tasks;    // of the tasks of a strip
     int team;
     __device__ __forceinline__ int tasks() const { return strips << log2_tasks; }
+};
+struct MergeTask {
+    int task;           // its number; negative: nothing to do
+    int strip, number;  // of the tile's strips, of the strip's tasks
+    int first, later;   // where its lines of piece 0 lie; of piece p they lie p tiles behind `later`. In 16 bytes
+    int weights;        // from its lines to the weights of the strip
 };
 // A request, or a piece of one: what all roles have to know alike, so one of them finds it out.
 struct Piece {
@@ -76,14 +89,15 @@ struct alignas(1024) Shared {  // descriptors count on the order of the boxes
     PlanRow plan_row;
     Merge merges[2];
     u8 phases[2][config::MAX_PARTS];  // of the merges' pieces: bit s is that of strip s, before this call
-    int left_task;                    // whether a warp left a task of its merge behind
+    MergeTask tasks[CONSUMER_WARPS];  // of the merge at the part's end: one a warp, or the first for all
+    u32 done;                         // warps that have nothing to merge any more; high half: those that left a task behind
     u64 pair_full[PAIRS], pair_empty[PAIRS];
     u64 tail_full[TAILS], tail_empty[TAILS];
     u64 p_ready[TAILS];
     u64 piece_ready[PIECES], piece_empty[PIECES];
     u64 q_ready[PIECES], q_empty;
     u64 sums_ready[PIECES];
-    u64 merges_found;
+    u64 merges_found, tasks_ready, plan_ready;
 };
 static_assert(sizeof(Shared) == config::SHARED_BYTES, "the host asks for exactly this much");
 static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper thread block");
@@ -106,7 +120,7 @@ struct Request {
 
     // causal aligns to the bottom right: query i sees keys j < length - seq_len_q + i + 1.
     __device__ __forceinline__ static int limit(const MlaDecodeParams& params, int length, int row) {
-        if (!params.causal) return length;
+        if (!params.causal || params.seq_len_q == 1) return length;
         return clamp(length - params.seq_len_q + row / params.heads_per_group + 1, 0, length);
     }
     __device__ __forceinline__ Request(const MlaDecodeParams& params, int request, int first_row) {

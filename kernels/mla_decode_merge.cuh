@@ -1,13 +1,8 @@
 // Merges the pieces of a request that was cut over several parts, inside the decode kernel.
 //
-// Piece s of a query row left an output o_s and a sum of exponentials l_s that are relative to 2^r_s. The whole row is
-// sum_s w_s o_s / sum_s w_s l_s with w_s = 2^(r_s - m), m the largest r_s: exact, whatever the cuts. A piece without keys has
-// l_s = 0; a row without keys gives 0 and lse = +inf. Pieces are always added in the same order, so a call gives the same
-// bits every time.
-//
 // Every thread block that ends with a piece of the request helps: it looks at its share of the columns of all pieces until
-// they are written (mla_decode_partial.cuh), and adds them up. (A last piece after which its part goes on with other
-// requests is left for the others.)
+// they are written (mla_decode_partial.cuh), adds them up (mla_decode_pieces.cuh), and writes the result. (A last piece after
+// which its part goes on with other requests is left for the others.)
 //
 // The thread blocks of a grid are on the device together as a rule, but nothing promises it. So nobody waits for ever: a
 // helper that loses patience leaves its task behind. Every part that has a piece departs at the end; the last to depart knows
@@ -16,25 +11,16 @@
 #pragma once
 #include "mla_decode_block.cuh"
 #include "mla_decode_partial.cuh"
+#include "mla_decode_pieces.cuh"
 #include "mla_decode_trace.cuh"
+#include "mla_plan.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/sync.cuh"
 
 namespace {
 
-constexpr int CONSUMER_WARPS = 2 * WARPGROUP / 32, LOG2_CONSUMER_WARPS = 3;
-constexpr int TEAM_PIECES = 10;       // from so many pieces on, the warps of a thread block share a task
-constexpr int MOST_LINES = 16;        // of a task
-constexpr u32 FOR_EVER = 0xFFFFFFFF;  // looks
-
-// The tiles of this thread block's row block and KV head: of the pieces in `slot`.
-__device__ __forceinline__ int merge_tile(int slot) {
-    return (here(blockIdx.y) * gridDim.x + blockIdx.x) * 2 * gridDim.z + slot;
-}
-// The strips of a tile.
-__device__ __forceinline__ PieceWords* piece_strips(const MlaDecodeParams& params, int slot) {
-    return static_cast<PieceWords*>(params.partials) + merge_tile(slot) * strips_a_tile(params) * STRIP_SIZE;
-}
+constexpr int TEAM_PIECES = 10;  // from so many pieces on, the warps of a thread block share a task
+static_assert(TILE_STRIPS <= CONSUMER_WARPS && TILE_STRIPS < TEAM_PIECES, "a worker for every strip: one task a worker will do");
 
 // What is kept of a tile from call to call. Zero at first.
 struct MergeState {
@@ -42,7 +28,8 @@ struct MergeState {
     // Of the merge whose first piece has the tile; zero between calls.
     u32 departures;  // low half: all; high half: those that left tasks behind
     u32 orphans[4];  // the tasks that were left behind
-    u32 reserved[2];
+    u32 claims;      // thread blocks that have a share of the merge
+    u32 reserved;
     __device__ __forceinline__ static MergeState& of(const MlaDecodeParams& params, int slot) {
         return static_cast<MergeState*>(params.merge_states)[merge_tile(slot)];
     }
@@ -87,10 +74,10 @@ __device__ __forceinline__ void find_merge(const MlaDecodeParams& params, Shared
             merge.piece = piece;
             merge.strips = (min(params.rows_per_group - first_row, ROWS) + STRIP_ROWS - 1) / STRIP_ROWS * 2;
             merge.team = pieces >= TEAM_PIECES;
-            merge.workers = (pieces - goes_on) * (merge.team ? 1 : CONSUMER_WARPS);
+            const int workers = (pieces - goes_on) * (merge.team ? 1 : CONSUMER_WARPS);
             merge.lines = merge.strips <= 4 ? 1 : 2;  // at most 128 tasks
             merge.log2_tasks = __ffs(LINES_A_STRIP / merge.lines) - 1;
-            while (merge.tasks() > merge.workers && merge.lines < MOST_LINES) {
+            while (merge.tasks() > workers) {
                 merge.lines *= 2;
                 merge.log2_tasks--;
             }
@@ -104,6 +91,38 @@ __device__ __forceinline__ void find_merge(const MlaDecodeParams& params, Shared
     mbarrier_arrive(shared_address(&shared.merges_found));
 }
 
+// Which merge a part's last work belongs to.
+__device__ __forceinline__ int last_end(const Part& part) {
+    return part.first_request == part.last_request && part.begin_block > 0 ? FRONT : BACK;  // front: a single piece
+}
+
+__device__ __forceinline__ MergeTask merge_task(const MlaDecodeParams& params, const Merge& merge, int task) {
+    const int strip = task >> merge.log2_tasks, number = task - (strip << merge.log2_tasks);
+    const int lines = number * merge.lines * 32, at = strip * STRIP_SIZE + lines;
+    const int first = piece_strips_at(params, piece_slot(merge.head, gridDim.z, true)) + at;
+    const int later = piece_strips_at(params, piece_slot(merge.head, gridDim.z, false)) + at;
+    return {task, strip, number, first, later, LINES_A_STRIP * 32 - lines};
+}
+
+// The tasks of this thread block in the merge of the request that it ends with. Whoever is nearly done first gets the first. Called
+// by one warp when all keys have been asked for.
+__device__ __forceinline__ void claim_tasks(const MlaDecodeParams& params, Shared& shared, int lane) {
+    const Part part(shared.plan_row, gridDim.z, params.batch);
+    if (part.first_request > part.last_request || (part.begin_block == 0 && !part.end_is_cut)) return;
+    wait(shared.merges_found, 0);
+    const Merge& merge = shared.merges[last_end(part)];
+    if (merge.pieces > 0) {
+        int share = 0;
+        if (lane == 0) share = atomic_add(&MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).claims, 1);
+        share = uniform(share);
+        if (lane < CONSUMER_WARPS) {
+            const int task = merge.team ? share : share * CONSUMER_WARPS + lane;
+            shared.tasks[lane] = task < merge.tasks() ? merge_task(params, merge, task) : MergeTask{-1, 0, 0, 0, 0, 0};
+        }
+    }
+    arrive_as_warp(shared.tasks_ready, lane);
+}
+
 // What a row's sum of exponentials says: 1 / sum, and lse, its natural logarithm (a row without keys: 0, +inf).
 struct RowSum {
     float sum, reference_log2;
@@ -111,163 +130,6 @@ struct RowSum {
     __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }
     __device__ __forceinline__ float lse() const { return sum == 0.0f ? INFINITY_F32 : (reference_log2 + log2f(sum)) * LN_2; }
 };
-
-// What a task of a merge reads: some lines of one strip of all pieces.
-struct TaskPieces {
-    const PieceWords *first, *later;  // the task's lines of piece 0; of piece p they lie p tiles behind `later`
-    const u8* phases;                 // of the pieces
-    int tile, weights, strip;         // in 16 bytes: from piece to piece, from the task's lines to the strip's weights
-    bool is_single;                   // of one line
-    __device__ __forceinline__ TaskPieces(
-        const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int strip, int number)
-        : phases(shared.phases[end]), strip(strip), is_single(merge.lines == 1) {
-        const int lines = number * merge.lines * 32, at = strip * STRIP_SIZE + lines;
-        tile = strips_a_tile(params) * STRIP_SIZE;
-        first = piece_strips(params, piece_slot(merge.head, gridDim.z, true)) + at;
-        later = piece_strips(params, piece_slot(merge.head, gridDim.z, false)) + at;
-        weights = LINES_A_STRIP * 32 - lines;
-    }
-    __device__ __forceinline__ const PieceWords* piece(int number) const { return number == 0 ? first : later + number * tile; }
-};
-
-// Pieces' share of some groups: a lane has four columns of each, two of row lane / 4 (x, y) and two of the row 8 further.
-template <int GROUPS>
-struct PieceSum {
-    float4 output[GROUPS];
-    float largest[2], sum[2];
-    __device__ __forceinline__ PieceSum() : largest{NO_REFERENCE, NO_REFERENCE}, sum{0.0f, 0.0f} {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) output[g] = {0.0f, 0.0f, 0.0f, 0.0f};
-    }
-    // Goes over to larger references.
-    __device__ __forceinline__ void raise(const float (&now)[2]) {
-        const float low = exp2_approx(largest[0] - now[0]), high = exp2_approx(largest[1] - now[1]);
-        sum[0] *= low;
-        sum[1] *= high;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            output[g] = {output[g].x * low, output[g].y * low, output[g].z * high, output[g].w * high};
-        }
-        largest[0] = now[0];
-        largest[1] = now[1];
-    }
-    __device__ __forceinline__ void add_sums(const float2& sums, float low, float high) {
-        sum[0] += low * sums.x;
-        sum[1] += high * sums.y;
-    }
-    __device__ __forceinline__ void add(int g, const float2& in_low, const float2& in_high, float low, float high) {
-        output[g].x += low * in_low.x;
-        output[g].y += low * in_low.y;
-        output[g].z += high * in_high.x;
-        output[g].w += high * in_high.y;
-    }
-};
-
-// `LINES` lines of one piece, and what their rows' numbers and sums are relative to.
-template <int LINES>
-struct PieceLines {
-    PieceWord relative_to, sum, kept_relative_to;
-    PieceWords lines[LINES];
-    __device__ __forceinline__ PieceLines()
-        : relative_to(NO_REFERENCE, NO_REFERENCE), sum(0.0f, 0.0f), kept_relative_to(NO_REFERENCE, NO_REFERENCE) {
-#pragma unroll
-        for (int l = 0; l < LINES; l++) lines[l] = {{0u, 0u}, {0u, 0u}};
-    }
-    // Of one line only, if `is_single`. Strips that are not in halves are kept relative to the same as their sums.
-    __device__ __forceinline__ void load(
-        const PieceWords* lines_at, const PieceWords* weights_at, bool is_single, bool wanted) {
-        load_from_other_blocks(relative_to.bits, sum.bits, weights_at, wanted);
-        load_from_other_blocks(kept_relative_to.bits, weights_at + 1, wanted && config::KEPT_IN_HALVES);
-#pragma unroll
-        for (int l = 0; l < LINES; l++) lines[l].load(lines_at + l * 32, wanted && (l == 0 || !is_single));
-    }
-    // Whether some word is still of the phase that it had before this call, bit 0 of `before`.
-    __device__ __forceinline__ bool is_unwritten(u32 before, bool is_single) const {
-        u32 unwritten = 0;
-        relative_to.add_if_of(before, unwritten);
-        sum.add_if_of(before, unwritten);
-        if (config::KEPT_IN_HALVES) kept_relative_to.add_if_of(before, unwritten);
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            if (l == 0 || !is_single) lines[l].add_if_of(before, unwritten);
-        }
-        return unwritten & 1;
-    }
-    __device__ __forceinline__ void clear_phase() {
-        relative_to.clear_phase();
-        sum.clear_phase();
-        kept_relative_to.clear_phase();
-#pragma unroll
-        for (int l = 0; l < LINES; l++) lines[l].clear_phase();
-    }
-    __device__ __forceinline__ void add_to(PieceSum<GROUPS_A_LINE * LINES>& total) const {
-        const float low = exp2_approx(relative_to.numbers().x - total.largest[0]);
-        const float high = exp2_approx(relative_to.numbers().y - total.largest[1]);
-        total.add_sums(sum.numbers(), low, high);
-#pragma unroll
-        for (int l = 0; l < LINES; l++) total.add(l, lines[l].low.numbers(), lines[l].high.numbers(), low, high);
-    }
-    __device__ __forceinline__ void add_halves_to(PieceSum<GROUPS_A_LINE * LINES>& total) const {
-        total.add_sums(sum.numbers(), exp2_approx(relative_to.numbers().x - total.largest[0]),
-                       exp2_approx(relative_to.numbers().y - total.largest[1]));
-        const float low = exp2_approx(kept_relative_to.numbers().x - total.largest[0]);
-        const float high = exp2_approx(kept_relative_to.numbers().y - total.largest[1]);
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            const PieceWord &a = lines[l].low, &b = lines[l].high;
-            total.add(2 * l, unpack2<Fp16>(a.x()), unpack2<Fp16>(a.y()), low, high);
-            total.add(2 * l + 1, unpack2<Fp16>(b.x()), unpack2<Fp16>(b.y()), low, high);
-        }
-    }
-};
-
-// Adds `LINES` lines, from `line` on, of pieces first, first + 2^step, ... as they get written; `LOADS` pieces are under way at
-// once, and those that were not written yet are looked at again. `meanwhile` is done while the first are. False: patience has
-// ended.
-template <int LINES, int LOADS, class Meanwhile>
-__device__ __forceinline__ bool add_pieces(PieceSum<GROUPS_A_LINE * LINES>& total, const TaskPieces& from, int first, int step,
-    int pieces, int line, u32 patience, int lane, Meanwhile meanwhile) {
-    const int lines_at = line * 32 + lane, weights_at = from.weights + lane / 4 * 2;
-#pragma unroll 1
-    for (int base = first; base < pieces; base += LOADS << step) {
-        const int count = min(((pieces - base - 1) >> step) + 1, LOADS);
-        PieceLines<LINES> piece[LOADS];  // those that do not exist weigh nothing
-        u32 missing = (1u << count) - 1;
-#pragma unroll 1
-        for (u32 looks = 0; missing != 0; looks++) {
-            if (looks > patience && patience != FOR_EVER) return false;
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) {
-                const PieceWords* const at = from.piece(base + (i << step));
-                piece[i].load(at + lines_at, at + weights_at, LINES == 2 && from.is_single, missing >> i & 1);
-            }
-            if (looks == 0 && base == first) meanwhile();
-            u32 unwritten = 0;
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) {
-                const u32 before = from.phases[min(base + (i << step), pieces - 1)] >> from.strip;
-                if (piece[i].is_unwritten(before, LINES == 2 && from.is_single)) unwritten |= 1u << i;
-            }
-            missing &= or_of_warp(unwritten);
-        }
-        float now[2] = {total.largest[0], total.largest[1]};
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            piece[i].clear_phase();
-            now[0] = fmaxf(now[0], piece[i].relative_to.numbers().x);
-            now[1] = fmaxf(now[1], piece[i].relative_to.numbers().y);
-        }
-        total.raise(now);
-        if constexpr (config::KEPT_IN_HALVES) {
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) piece[i].add_halves_to(total);
-        } else {
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) piece[i].add_to(total);
-        }
-    }
-    return true;
-}
 
 // Where the rows lane / 4 and lane / 4 + 8 of a task's strip go, from its first group on.
 struct MergedRows {
@@ -308,7 +170,7 @@ struct MergedRows {
                 const float first = half == 0 ? o.x : o.z, second = half == 0 ? o.y : o.w;
                 const u32 pair = pack2<Element>(first * inverse, second * inverse);
                 u16* const to = out[half] + (group + g) * GROUP_COLUMNS;
-                if (config::ALIGNED || params.out_is_aligned) {
+                if (config::PLAIN || params.out_is_aligned) {
                     *reinterpret_cast<u32*>(to) = pair;
                 } else {
                     to[0] = pair;
@@ -349,14 +211,30 @@ __device__ __forceinline__ PieceSum<1> add_team(const Team& team, int group, int
     return total;
 }
 
-// Adds the pieces of a task that are this warp's, and writes the result or leaves it to the team.
-template <int LINES, int LOADS>
-__device__ __forceinline__ bool merge_task(const MlaDecodeParams& params, Team& team, const Merge& merge, const TaskPieces& from,
-    MergedRows& rows, int request, int strip, int number, int warp, int lane) {
+// Says that this thread block needs nothing of a merge any more. Returns, for conclude(), how many have said so before, and in the
+// high half what is not 0 if tasks were left behind.
+__device__ __forceinline__ u32 depart(const MlaDecodeParams& params, const Merge& merge, bool left_task) {
+    if (left_task) memory_fence();  // what another warp left behind is known before its departure is
+    const u32 left = left_task << 16;
+    return atomic_add(&MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).departures, 1 + left) + left;
+}
+constexpr u32 OTHERS_DEPART = 0xFFFFFFFF;
+
+// The same for one warp, by its first lane; the last warp of the thread block departs.
+__device__ __forceinline__ u32 warp_departs(const MlaDecodeParams& params, Shared& shared, const Merge& merge, bool left_task) {
+    const u32 done = atomicAdd(&shared.done, 1 + (left_task << 16)) + (left_task << 16);
+    return (done & 0xFFFF) + 1 == CONSUMER_WARPS ? depart(params, merge, done >> 16 != 0) : OTHERS_DEPART;
+}
+
+// Adds the pieces of a task that are this warp's, and writes the result or leaves it to the team. `fetched` is called when all
+// have been added.
+template <int LINES, int LOADS, class Fetched>
+__device__ __forceinline__ bool merge_lines(const MlaDecodeParams& params, Team& team, const Merge& merge, const TaskPieces& from,
+    MergedRows& rows, int request, const MergeTask& task, int warp, int lane, Fetched fetched) {
 #pragma unroll 1
     for (int line = 0; line < uniform(merge.lines); line += LINES) {
         PieceSum<GROUPS_A_LINE * LINES> total;
-        const auto find_rows = [&] { rows = MergedRows(params, merge, request, strip, number, lane); };
+        const auto find_rows = [&] { rows = MergedRows(params, merge, request, task.strip, task.number, lane); };
         const auto if_there_is_room = [&] {
             if (LINES < 8) find_rows();
         };
@@ -374,54 +252,62 @@ __device__ __forceinline__ bool merge_task(const MlaDecodeParams& params, Team& 
             }
             team.weights[warp][lane] = {total.largest[0], total.largest[1], total.sum[0], total.sum[1]};
         } else {
+            if (line + LINES >= merge.lines) fetched();
             rows.write(params, total, line * GROUPS_A_LINE, min(LINES, merge.lines) * GROUPS_A_LINE);
         }
     }
     return true;
 }
 
-// Called by every consumer warp when its part ends with a piece of a request: merges its share of it.
-__device__ __forceinline__ void merge_share(
+// Called by every consumer warp when its part ends with a piece of a request: does its task in the merge. The thread block departs
+// before the results are written: the answer takes as long. Returns what depart() does, to the first lane of one warp.
+__device__ __forceinline__ u32 merge_share(
     const MlaDecodeParams& params, Shared& shared, int end, int request, int warp, int lane, Trace& trace) {
     const Merge& merge = shared.merges[end];
     Team& team = reinterpret_cast<Team&>(shared.pairs);  // both sides are done with keys
+    const MergeTask& task = shared.tasks[merge.team ? 0 : warp];
+    u32 before = OTHERS_DEPART;
+    const auto warp_is_done = [&](bool left_task) {
+        if (lane == 0) before = warp_departs(params, shared, merge, left_task);
+    };
+    if (uniform(task.task) < 0) {
+        warp_is_done(false);
+        return before;
+    }
+    const auto fetched = [&] { warp_is_done(false); };
+    const TaskPieces from(params, shared, end, merge, task);
+    MergedRows rows;
+    // As many loads at once as there are registers for.
+    bool complete = merge.lines <= 2   ? merge_lines<2, 8>(params, team, merge, from, rows, request, task, warp, lane, fetched)
+                    : merge.lines == 4 ? merge_lines<4, 4>(params, team, merge, from, rows, request, task, warp, lane, fetched)
+                                       : merge_lines<8, 2>(params, team, merge, from, rows, request, task, warp, lane, fetched);
+    trace.mark(TRACE_FETCHED);
+    if (merge.team) {
+        if (lane == 0) team.complete[here(warp)] = complete;
+        named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);
+        complete = __all_sync(0xFFFFFFFF, team.complete[here(lane) % CONSUMER_WARPS]);
+        if (complete) {
+            warp_is_done(false);
 #pragma unroll 1
-    for (int task = uniform(merge.team ? merge.piece : merge.piece * CONSUMER_WARPS + warp); task < uniform(merge.tasks());
-         task += uniform(merge.workers)) {
-        const int strip = task >> merge.log2_tasks, number = task - (strip << merge.log2_tasks);
-        const TaskPieces from(params, shared, end, merge, strip, number);
-        MergedRows rows;
-        // As many loads at once as there are registers for.
-        bool complete =
-            merge.lines <= 2   ? merge_task<2, 8>(params, team, merge, from, rows, request, strip, number, warp, lane)
-            : merge.lines == 4 ? merge_task<4, 4>(params, team, merge, from, rows, request, strip, number, warp, lane)
-                               : merge_task<8, 2>(params, team, merge, from, rows, request, strip, number, warp, lane);
-        trace.mark(TRACE_FETCHED);
-        if (merge.team) {
-            if (lane == 0) team.complete[here(warp)] = complete;
-            named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);
-            complete = __all_sync(0xFFFFFFFF, team.complete[here(lane) % CONSUMER_WARPS]);
-            if (complete) {
-#pragma unroll 1
-                for (int group = here(warp); group < merge.lines * GROUPS_A_LINE; group += CONSUMER_WARPS) {
-                    rows.write(params, add_team(team, group, lane), group, 1);
-                }
+            for (int group = here(warp); group < merge.lines * GROUPS_A_LINE; group += CONSUMER_WARPS) {
+                rows.write(params, add_team(team, group, lane), group, 1);
             }
         }
-        if (!complete && lane == 0 && !(merge.team && warp > 0)) {
-            MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).leave_behind(task);
-            shared.left_task = 1;
-        }
-        if (merge.team && task + merge.workers < merge.tasks()) named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);  // the room is free
     }
+    if (!complete) {
+        const bool leaves = !(merge.team && warp > 0);
+        if (lane == 0 && leaves) MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).leave_behind(task.task);
+        warp_is_done(leaves);
+    }
+    return before;
 }
 
 // A task that was left behind, by one warp.
 __device__ __forceinline__ void merge_orphan(
-    const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int request, int task, int lane) {
-    const int strip = task >> merge.log2_tasks, number = task - (strip << merge.log2_tasks);
-    const TaskPieces from(params, shared, end, merge, strip, number);
-    const MergedRows rows(params, merge, request, strip, number, lane);
+    const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int request, int number, int lane) {
+    const MergeTask task = merge_task(params, merge, number);
+    const TaskPieces from(params, shared, end, merge, task);
+    const MergedRows rows(params, merge, request, task.strip, task.number, lane);
 #pragma unroll 1
     for (int line = 0; line < merge.lines; line++) {
         PieceSum<GROUPS_A_LINE> total;
@@ -430,38 +316,30 @@ __device__ __forceinline__ void merge_orphan(
     }
 }
 
-// Called by one warp when its thread block is done with a merge. The last of all merges what was left behind, and leaves everything
-// as the next call expects it.
-__device__ __forceinline__ void depart(
-    const MlaDecodeParams& params, const Shared& shared, int end, int request, bool left_task, int lane) {
+// Called by one warp when its thread block has departed from a merge, with what depart() said. The last of all merges what was left
+// behind, and leaves everything as the next call expects it.
+__device__ __forceinline__ void conclude(
+    const MlaDecodeParams& params, const Shared& shared, int end, int request, u32 before, int lane) {
     const Merge& merge = shared.merges[end];
+    if ((before & 0xFFFF) + 1 != merge.pieces) return;
     const int head = piece_slot(merge.head, gridDim.z, true), after = piece_slot(merge.head, gridDim.z, false);
     MergeState& state = MergeState::of(params, head);
-    u32 before = 0;
-    if (lane == 0) {
-        if (left_task) memory_fence();  // what another warp left behind is known before its departure is
-        before = atomic_add(&state.departures, 1 + (left_task << 16));
-    }
-    __syncwarp();
-    before = __shfl_sync(0xFFFFFFFF, before, 0);
-    if ((before & 0xFFFF) + 1 != merge.pieces) return;
-    if (left_task || before >> 16 != 0) {
-        memory_fence();  // what was left behind before others departed is known now
+    if (before >> 16 != 0) memory_fence();  // what was left behind before others departed is known now
 #pragma unroll 1
-        for (int word = 0; word < 4; word++) {
-            u32 tasks = lane == 0 ? atomic_or(&state.orphans[word], 0) : 0;
-            __syncwarp();
-            tasks = __shfl_sync(0xFFFFFFFF, tasks, 0);
-            if (lane == 0) state.orphans[word] = 0;
-            for (; tasks != 0; tasks &= tasks - 1) {
-                merge_orphan(params, shared, end, merge, request, word * 32 + __ffs(tasks) - 1, lane);
-            }
+    for (int word = 0; word < 4 && before >> 16 != 0; word++) {
+        u32 tasks = lane == 0 ? atomic_or(&state.orphans[word], 0) : 0;
+        __syncwarp();
+        tasks = __shfl_sync(0xFFFFFFFF, tasks, 0);
+        if (tasks == 0) continue;
+        if (lane == 0) state.orphans[word] = 0;
+        for (; tasks != 0; tasks &= tasks - 1) {
+            merge_orphan(params, shared, end, merge, request, word * 32 + __ffs(tasks) - 1, lane);
         }
     }
-    if (lane == 0) state.departures = 0;
+    if (lane == 0) state.departures = 0, state.claims = 0;
 #pragma unroll 1
     for (int piece = lane; piece < merge.pieces; piece += 32) {
-        MergeState::of(params, piece == 0 ? head : after + piece).phases ^= (1u << merge.strips) - 1;
+        MergeState::of(params, piece == 0 ? head : after + piece).phases = shared.phases[end][piece] ^ ((1u << merge.strips) - 1);
     }
 }
 

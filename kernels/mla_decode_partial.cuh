@@ -69,6 +69,18 @@ struct PieceWords {
     }
 };
 
+// The tiles of this thread block's row block and KV head: of the pieces in `slot`.
+__device__ __forceinline__ int merge_tile(int slot) {
+    return (here(blockIdx.y) * gridDim.x + blockIdx.x) * 2 * gridDim.z + slot;
+}
+// Where the strips of a tile lie, in 16 bytes.
+__device__ __forceinline__ int piece_strips_at(const MlaDecodeParams& params, int slot) {
+    return merge_tile(slot) * strips_a_tile(params) * STRIP_SIZE;
+}
+__device__ __forceinline__ PieceWords* piece_strips(const MlaDecodeParams& params, int slot) {
+    return static_cast<PieceWords*>(params.partials) + piece_strips_at(params, slot);
+}
+
 // The power of two that brings numbers of at most `largest` into fp16's range, near its upper end.
 __device__ __forceinline__ int exponent_for_halves(float largest) {
     return clamp(127 + 14 - static_cast<int>(__float_as_uint(largest) >> 23), -112, 112);

@@ -12,12 +12,14 @@ namespace {
 // The first boxes of the query tile, in registers for the whole piece as wgmma's A operand. Their place in the ring is free then.
 using QueryBoxes = u32[Q_IN_REGISTERS][K_STEPS][4];
 
-__device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, const Ring<PAIRS>& pair, const Place& place) {
+__device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, const Ring<PAIRS>& pair, const Place& place,
+    int box_rows) {
+    const bool has_rows = place.warp * 16 < box_rows;
 #pragma unroll
     for (int i = 0; i < Q_PAIRS; i++) wait(shared.pair_full[(pair + i).at()], (pair + i).turn());
 #pragma unroll
     for (int box = 0; box < Q_IN_REGISTERS; box++) {
-        const u32 matrices = place.matrices(shared.pairs[(pair + box / 2).at()][box % 2]);
+        const u32 matrices = place.matrices(has_rows ? shared.pairs[(pair + box / 2).at()][box % 2] : shared.q[0]);
 #pragma unroll
         for (int step = 0; step < K_STEPS; step++) load_matrix_x4(q[box][step], place.matrix(matrices, step));
     }
@@ -149,9 +151,10 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
         const Piece& piece = shared.pieces[note.at()];
         QueryBoxes q;
         wait(shared.piece_ready[note.at()], note.turn());
-        wait(shared.q_ready[note.at()], note.turn());
+        if (!config::PLAIN) wait(shared.q_ready[note.at()], note.turn());
+        load_query_boxes(q, shared, pair, place, query_rows(params));
+        if (config::PLAIN) wait(shared.q_ready[note.at()], note.turn());
         trace.mark(TRACE_Q);
-        load_query_boxes(q, shared, pair, place);
         pair += Q_PAIRS;
 
         float reference[2] = {NO_REFERENCE, NO_REFERENCE}, sum[2] = {0.0f, 0.0f};
@@ -162,7 +165,9 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             float scores[32];
             pin_registers(scores);
             compute_scores(scores, shared, q, pair, tail, [&] {
-                if (held_back) arrive_as_warp(shared.p_ready[(tail + (TAILS - 1)).at()], place.lane);
+                // All warps of a warpgroup have to take the same way between products, and each holds back on its own account.
+                __syncwarp();
+                mbarrier_arrive_if(shared_address(&shared.p_ready[(tail + (TAILS - 1)).at()]), held_back && place.lane == 0);
             });
             pin_registers(scores);
             trace.mark(TRACE_SCORES);
@@ -192,11 +197,14 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             for (int half = 0; half < 2; half++) exponentiate(scores, half, reference[half], scale, sum[half]);
             store_probabilities(shared.tails[tail.at()], scores, place);
 
-            // 3. Its product with the values may begin: at once if we have to wait for the next keys; else when all of our next
-            // S but the end is under way, so that the tensor cores have the product to do while we do the next probabilities.
-            const Ring<PAIRS> next = pair + (gridDim.x > 2 ? Q_PAIRS - 1 : PAIRS_A_BLOCK - 1);
-            const bool landed = mbarrier_test(shared_address(&shared.pair_full[next.at()]), next.turn());
-            held_back = block + 1 < last && __any_sync(0xFFFFFFFF, landed);
+            // 3. Its product with the values may begin: when all of our next S but the end is under way, so that the tensor cores
+            // have the product to do while we do the next probabilities; at once if memory is the limit and the next keys are
+            // not there.
+            const auto keys_are_there = [&] {
+                const Ring<PAIRS> end = pair + (PAIRS_A_BLOCK - 1);
+                return __any_sync(0xFFFFFFFF, mbarrier_test(shared_address(&shared.pair_full[end.at()]), end.turn()));
+            };
+            held_back = block + 1 < last && (gridDim.x > 2 || keys_are_there());
             if (!held_back) arrive_as_warp(shared.p_ready[tail.at()], place.lane);
             trace.mark(TRACE_P);
             tail += 1;

@@ -121,7 +121,7 @@ __device__ __forceinline__ void write_output(const MlaDecodeParams& params, cons
             for (int i = 0; i < 4; i++) words[i] = rounded[(group + i) * 2 + half];
             transpose_quad(words, place.lane);
             if (!valid) continue;
-            if (config::ALIGNED || params.out_is_aligned) {
+            if (config::PLAIN || params.out_is_aligned) {
                 *reinterpret_cast<uint4*>(out + group * 8) = {words[0], words[1], words[2], words[3]};
             } else {
 #pragma unroll

@@ -482,7 +482,7 @@ def test_a_tensor_map_is_encoded_once_for_each_description(
     )
     driver.CUtensorMapInterleave = everything(CU_TENSOR_MAP_INTERLEAVE_NONE="plain")
     driver.CUtensorMapSwizzle = everything(CU_TENSOR_MAP_SWIZZLE_128B="swizzle")
-    driver.CUtensorMapL2promotion = everything(CU_TENSOR_MAP_L2_PROMOTION_L2_256B="promotion")
+    driver.CUtensorMapL2promotion = everything(CU_TENSOR_MAP_L2_PROMOTION_L2_128B="promotion")
     driver.CUtensorMapFloatOOBfill = everything(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE="zeros")
 
     tensor_map.tiled_map.cache_clear()

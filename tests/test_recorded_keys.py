@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 from flashmla_rtc import recorded, sm90, validation  # noqa: E402
 from flashmla_rtc.geometry import DECODE_PARAMS  # noqa: E402
 from flashmla_rtc.metadata import FlashMLASchedMeta  # noqa: E402
+from flashmla_rtc.rtc.kernel import DriverError  # noqa: E402
 
 TENSORS = ("q", "k_cache", "block_table", "cache_seqlens", "plan", "num_splits", "out", "lse")
 ARGUMENTS = (
@@ -144,7 +145,8 @@ def test_what_only_equals_good_input_is_never_noted(changed: dict[str, Any]) -> 
 
 
 def first_fields(buffer: Any) -> dict[str, Any]:
-    return dict(zip(recorded.ADDRESSES, struct.unpack_from("<128s8Q", buffer), strict=True))
+    fields = struct.unpack_from("<128s128s128s8Q", buffer)
+    return dict(zip(recorded.ADDRESSES, fields, strict=True))
 
 
 class Listener:
@@ -172,6 +174,8 @@ class Listener:
 
 VALUES: dict[str, Any] = dict.fromkeys((name for _, name in DECODE_PARAMS.fields), 1) | {
     "k_map": b"\7" * 128,
+    "k_tail_map": b"\6" * 128,
+    "q_map": bytes(128),
     "q": 256,
     "out": 512,
     "plan": 1024,
@@ -179,6 +183,21 @@ VALUES: dict[str, Any] = dict.fromkeys((name for _, name in DECODE_PARAMS.fields
     "partials": 0xABC0,
     "merge_states": 0xDEF0,
 }
+
+
+class QueryMaps:
+    """The map of a q but for its address. ``encoded``: the addresses it was made for, in order."""
+
+    def __init__(self, mark: bytes = b"q") -> None:
+        self.mark = mark
+        self.encoded: list[int] = []
+
+    def at(self, pointer: int) -> bytes:
+        self.encoded.append(pointer)
+        return self.expected(pointer)
+
+    def expected(self, pointer: int) -> bytes:
+        return self.mark + pointer.to_bytes(127, "little")
 
 
 class Machine:
@@ -189,15 +208,17 @@ class Machine:
         self.device = -1  # what get_device says of the CPU
         self.stream = 0
         self.capturing = False
+        self.query_map: QueryMaps | None = None
 
-    def note(self, call: dict[str, Any], captured: bool = False, **addresses: int) -> None:
+    def note(self, call: dict[str, Any], captured: bool = False, **values: Any) -> None:
         """What the long way does at its end."""
         launched = sm90.Launched(
             self.kernel,  # type: ignore[arg-type]
             (1, 1, 66),
             self.stream,
             captured,
-            VALUES | addresses,
+            VALUES | values,
+            self.query_map,  # type: ignore[arg-type]
         )
         recorded.note(launched, MADE_FOR, *[call[name] for name in ARGUMENTS])
 
@@ -259,13 +280,59 @@ def test_a_call_like_one_before_is_launched_with_its_own_addresses(machine: Mach
     assert (out.shape, out.stride(), out.dtype) == (OUT.shape, OUT.stride(), OUT.dtype)
     assert (lse.shape, lse.stride(), lse.dtype) == (LSE.shape, LSE.stride(), LSE.dtype)
     addresses = {
-        name: (call | {"out": out, "lse": lse})[name].data_ptr() for name in recorded.ADDRESSES[1:7]
+        name: (call | {"out": out, "lse": lse})[name].data_ptr() for name in recorded.ADDRESSES[3:9]
     }
     assert machine.kernel.launches == [
         addresses
-        | {name: VALUES[name] for name in ("k_map", "partials", "merge_states")}
+        | {name: VALUES[name] for name in (*recorded.ADDRESSES[:3], *recorded.ADDRESSES[9:])}
         | {"grid": (1, 1, 66), "stream": 0}
     ]
+
+
+def test_the_map_of_q_goes_with_its_address(machine: Machine) -> None:
+    """Encoded once for each address, whatever address the note was made with."""
+    machine.query_map = maps = QueryMaps()
+    calls = [given() for _ in range(3)]
+    machine.settle(calls[0])
+    maps.encoded.clear()
+    for i in (1, 2, 1, 0, 2, 0):
+        assert machine.call(calls[i]) is not None
+    addresses = [calls[i]["q"].data_ptr() for i in range(3)]
+    assert maps.encoded == addresses[1:]
+    assert [(launch["q"], launch["q_map"]) for launch in machine.kernel.launches] == [
+        (addresses[i], maps.expected(addresses[i])) for i in (1, 2, 1, 0, 2, 0)
+    ]
+
+
+def test_the_maps_of_the_cache_go_with_its_address(machine: Machine) -> None:
+    calls = [given(), given(k_cache=CACHE.clone())]
+    made = [{"k_map": bytes([i]) * 128, "k_tail_map": bytes([i + 9]) * 128} for i in (1, 2)]
+    for call, one in zip(calls, made, strict=True):
+        machine.note(call, **one)
+    for i in (0, 1, 1, 0):
+        assert machine.call(calls[i]) is not None
+        launch = machine.kernel.launches[-1]
+        assert {name: launch[name] for name in made[i]} == made[i]
+    assert len(machine.kernel.launches) == 4
+
+
+def test_two_looks_of_q_at_one_address_have_two_maps(machine: Machine) -> None:
+    q = given()["q"]
+    calls = [given(q=q), given(q=q.view(2, 2, 2, 576), out=None)]
+    looks = [QueryMaps(b"a"), QueryMaps(b"b")]
+    for call, machine.query_map in zip(calls, looks, strict=True):
+        machine.note(call)
+    for i in (0, 1, 0, 1):
+        assert machine.call(calls[i]) is not None
+        assert machine.kernel.launches[-1]["q_map"] == looks[i].expected(q.data_ptr())
+    assert [look.encoded for look in looks] == [[q.data_ptr()]] * 2
+
+
+def test_a_layout_without_a_map_carries_zeros(machine: Machine) -> None:
+    machine.settle(given())
+    for _ in range(3):
+        assert machine.call(given()) is not None
+    assert {launch["q_map"] for launch in machine.kernel.launches} == {bytes(128)}
 
 
 def test_results_are_written_where_the_caller_says(machine: Machine) -> None:
@@ -350,6 +417,16 @@ def test_a_call_amid_a_launch_leaves_the_addresses_alone(machine: Machine) -> No
     for _ in range(2):
         assert machine.call(outer) is not None
     assert results == [None, None]
+    assert [launch["out"] for launch in kernel.launches] == [OUT.data_ptr()] * 2
+
+    inner |= {"causal": True}  # another note, with a buffer of its own
+    results.clear()
+    kernel.launches.clear()
+    machine.settle(inner)
+    for _ in range(2):
+        assert machine.call(outer) is not None
+    assert [result[0] is inner["out"] for result in results] == [True, True]
+    assert [launch["out"] for launch in machine.kernel.launches] == [inner["out"].data_ptr()] * 2
     assert [launch["out"] for launch in kernel.launches] == [OUT.data_ptr()] * 2
 
 
@@ -460,6 +537,20 @@ def test_addresses_that_are_not_aligned_any_more(machine: Machine) -> None:
     assert machine.call(given(out=room[1:].view_as(OUT), lse=LSE)) is None
 
 
+def test_a_driver_that_refuses_a_map_of_q(machine: Machine) -> None:
+    """The long way says what is wrong."""
+
+    class Refused:
+        def at(self, pointer: int) -> bytes:
+            raise DriverError("refused")
+
+    call = given()
+    machine.settle(call)
+    for note in recorded._local.notes.values():
+        note.query_map, note.query_maps = Refused(), {}  # type: ignore[assignment]
+    assert machine.call(call) is None
+
+
 def test_a_kernel_that_was_replaced_is_not_launched(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,7 +590,7 @@ def test_captured_and_unaligned_calls_are_not_noted(machine: Machine) -> None:
         if not recorded._local.notes:
             return False
         (note,) = recorded._local.notes.values()
-        assert note.maps == {CACHE.data_ptr(): VALUES["k_map"]}
+        assert note.maps == {CACHE.data_ptr(): VALUES["k_map"] + VALUES["k_tail_map"]}
         assert [*note.places] == [0]
         return True
 
@@ -521,12 +612,27 @@ def test_notes_do_not_grow_without_end(machine: Machine, monkeypatch: pytest.Mon
     assert len(recorded._local.notes) <= 8
 
 
+def test_maps_of_q_do_not_grow_without_end(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "_MOST_ADDRESSES", 8)
+    machine.query_map = maps = QueryMaps()
+    machine.settle(given())
+    (note,) = recorded._local.notes.values()
+    calls = [given() for _ in range(30)]
+    for call in calls:
+        assert machine.call(call) is not None
+        assert machine.kernel.launches[-1]["q_map"] == maps.expected(call["q"].data_ptr())
+    assert len(note.query_maps) <= 8
+
+
 def test_addresses_lie_where_the_kernel_reads_them() -> None:
-    assert tuple(name for _, name in DECODE_PARAMS.fields[:9]) == recorded.ADDRESSES
+    assert tuple(name for _, name in DECODE_PARAMS.fields[:11]) == recorded.ADDRESSES
     buffer = ctypes.create_string_buffer(DECODE_PARAMS.size)
     DECODE_PARAMS.pack_into(buffer, VALUES)
     before = bytes(buffer)
-    recorded._pack_addresses(buffer, 0, *[VALUES[name] for name in recorded.ADDRESSES])
+    fields = [VALUES[name] for name in recorded.ADDRESSES]
+    recorded._pack_addresses(buffer, 0, fields[0] + fields[1], *fields[2:])
     assert bytes(buffer) == before
 
 

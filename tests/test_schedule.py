@@ -395,7 +395,7 @@ def beside_flashmla(lengths: list[int], num_parts: int, model: CostModel, spare:
     return planned_finish(lengths, num_parts, model) / theirs
 
 
-@pytest.mark.parametrize("spare, mean, best", [(10, 0.95, 0.8), (5, 0.995, 0.93)])
+@pytest.mark.parametrize("spare, mean, best", [(10, 0.95, 0.8), (5, 0.995, 0.96)])
 def test_on_the_grid_of_the_benchmark(spare: int, mean: float, best: float) -> None:
     """64 candidates are not all plans: a few shapes lose some per cent, most win."""
     ratios = {}

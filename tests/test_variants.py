@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ import pytest
 from flashmla_rtc import geometry, variants, workspace
 from flashmla_rtc.bench import timeline
 from flashmla_rtc.rtc import CompileError, KernelSource, cache, compile_kernel
-from flashmla_rtc.variants import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(variants.__file__).parent
 NAMES = [variant.name for variant in variants.all_variants()]
 AT_IMPORT = {"mla_decode_bf16", "mla_decode_bf16_few_rows", "mla_decode_fp16", "mla_schedule"}
-WHEN_NEEDED = {f"{name}_unaligned" for name in AT_IMPORT if "decode" in name}
+WHEN_NEEDED = {f"{name}_any_layout" for name in AT_IMPORT if "decode" in name}
 
 REGISTERS_OF_AN_SM = 65536
 SHARED_OF_A_BLOCK = 227 * 1024
@@ -61,19 +59,19 @@ def test_the_variants() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_every_call_has_its_kernel(dtype: str, aligned: bool) -> None:
-    """The kernel counts on how the host lays out the workspace, and on aligned rows or not."""
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_call_has_its_kernel(dtype: str, plain: bool) -> None:
+    """The kernel counts on how the host lays out the workspace, and on plain layouts or not."""
     for rows in range(1, 200):
         constants = {
             name: value
             for _, name, value in variants.by_name(
-                variants.decode_name(dtype, rows, aligned)
+                variants.decode_name(dtype, rows, plain)
             ).constants
         }
         strips, in_halves = workspace.layout(132, rows, dtype).kind
         assert constants["KEPT_IN_HALVES"] == in_halves
-        assert constants["ALIGNED"] == aligned
+        assert constants["PLAIN"] == plain
         assert not in_halves or strips == geometry.TILE_STRIPS
 
 
@@ -98,13 +96,7 @@ def test_it_compiles_without_a_spill_or_a_warning_and_fits(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("mla_decode")])
 def test_the_kernel_that_keeps_a_log_hardly_spills(name: str) -> None:
     """As ``timeline`` compiles it: the log needs a register or two of its own."""
-    variant = variants.by_name(name)
-    constants = tuple(
-        (kind, constant, timeline.EVENTS if constant == "TRACE_EVENTS" else value)
-        for kind, constant, value in variant.constants
-    )
-    assert constants != variant.constants
-    traced = dataclasses.replace(variant, name=f"{name}_traced", constants=constants)
+    traced = variants.by_name(name).but(f"{name}_traced", TRACE_EVENTS=timeline.EVENTS)
     assert compile_kernel(traced.source(), may_spill=True).spill_bytes <= 32
 
 
@@ -241,13 +233,16 @@ def test_sources_of_different_variants_have_different_keys() -> None:
 
 def test_a_constant_is_part_of_the_source() -> None:
     variant = variants.by_name("mla_schedule")
-    changed = Variant(
-        **{
-            **{field: getattr(variant, field) for field in variant.__dataclass_fields__},
-            "constants": (("int", "BLOCK_KEYS", 32), *variant.constants[1:]),
-        }
-    )
-    assert changed.source().source != variant.source().source
+    assert variant.but(variant.name) == variant
+    changed = variant.but("other", BLOCK_KEYS=32, MAX_PARTS=7)
+    assert changed.name == "other"
+    expected = variant.source().source
+    for kind, constant, value in variant.constants:
+        now = {"BLOCK_KEYS": 32, "MAX_PARTS": 7}.get(constant, value)
+        expected = expected.replace(f"{kind} {constant} = {value};", f"{kind} {constant} = {now};")
+    assert changed.source().source == expected != variant.source().source
+    with pytest.raises(KeyError, match=r"mla_schedule has no constant named BLOCKS, PARTS\."):
+        variant.but("other", PARTS=1, MAX_PARTS=2, BLOCKS=3)
 
 
 def test_headers_are_self_contained() -> None:

@@ -110,13 +110,8 @@ def record(shape: Shape) -> dict[str, Any]:
     from flashmla_rtc.rtc.kernel import call, device_facts
 
     index = torch.cuda.current_device()
-    name = variants.decode_name(shape.dtype, shape.seq_len_q * shape.heads_q, aligned=True)
-    variant = variants.by_name(name)
-    constants = tuple(
-        (kind, constant, EVENTS if constant == "TRACE_EVENTS" else value)
-        for kind, constant, value in variant.constants
-    )
-    traced = dataclasses.replace(variant, name=f"{name}_traced", constants=constants)
+    name = variants.decode_name(shape.dtype, shape.seq_len_q * shape.heads_q, plain=True)
+    traced = variants.by_name(name).but(f"{name}_traced", TRACE_EVENTS=EVENTS)
     calls = own_calls(Pool([shape], dtype=shape.dtype).problem(shape))
     with sm90.standing_in(traced, name, index) as kernel:
         for warm_up in calls[:3]:

@@ -17,10 +17,10 @@ Grid = tuple[int, int, int]
 class Launcher:
     """Launches one loaded kernel.
 
-    Parameters are packed into a buffer of the calling thread; the driver copies them before
-    ``launch`` returns. Every launch carries the attribute of programmatic dependent launch, so the
-    kernel may start while its predecessor ends: it must execute ``griddepcontrol.wait`` before it
-    touches memory.
+    Parameters are packed into a buffer of each launch; the driver copies them before ``launch``
+    returns. Every launch carries the attribute of programmatic dependent launch, so the kernel may
+    start while its predecessor ends: it must execute ``griddepcontrol.wait`` before it writes
+    to memory or relies on what it reads.
     """
 
     def __init__(self, kernel: LoadedKernel, params: ParamStruct, threads: int) -> None:
@@ -37,10 +37,8 @@ class Launcher:
 
         The kernel's device must be current. Raises DriverError.
         """
-        config = self.config(grid, stream)
-        local = self._local
-        self.params.pack_into(local.buffer, values)
-        status = self._launch(config, self.kernel.handle, local.pointers, 0)[0]
+        # In a buffer of its own: a signal handler may launch between packing and launching.
+        status = self.again(grid, stream, self.pack(values))()[0]
         if status != self._success:
             raise DriverError(
                 f"Launching {self.kernel.name} with grid {grid} failed: "
@@ -68,7 +66,7 @@ class Launcher:
     def config(self, grid: Grid, stream: int) -> Any:
         """How the driver names a launch of ``grid`` on ``stream``, kept for this thread."""
         if not hasattr(self._local, "configs"):
-            self._prepare_thread()
+            self._local.configs = {}
         configs: dict[tuple[Grid, int], Any] = self._local.configs
         found = configs.get((grid, stream))
         if found is None:
@@ -76,13 +74,6 @@ class Launcher:
                 configs.clear()
             found = configs[grid, stream] = self._config(grid, stream)
         return found
-
-    def _prepare_thread(self) -> None:
-        local = self._local
-        local.buffer = ctypes.create_string_buffer(self.params.size)
-        local.array = (ctypes.c_void_p * 1)(ctypes.addressof(local.buffer))
-        local.pointers = ctypes.addressof(local.array)
-        local.configs = {}
 
     def _config(self, grid: Grid, stream: int) -> Any:
         cuda = self._driver

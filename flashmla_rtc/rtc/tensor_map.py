@@ -7,7 +7,7 @@ import functools
 
 from .kernel import call, driver
 
-_BYTES = 128
+BYTES = 128
 _DTYPES = {"bfloat16": "BFLOAT16", "float16": "FLOAT16"}
 
 
@@ -45,7 +45,7 @@ def tiled_map(
         [cuda.cuuint32_t(1)] * rank,
         cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    return ctypes.string_at(encoded.getPtr(), _BYTES)
+    return ctypes.string_at(encoded.getPtr(), BYTES)

@@ -16,6 +16,13 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrive if `arrives`, without a branch that the compiler could copy code for.
+__device__ __forceinline__ void mbarrier_arrive_if(u32 barrier, bool arrives) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
+                 "r"(static_cast<u32>(arrives))
+                 : "memory");
+}
+
 // Arrive, and expect `bytes` more from the copy engine before the phase can complete.
 __device__ __forceinline__ void mbarrier_arrive_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -17,8 +17,17 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 __device__ __forceinline__ void store_for_other_blocks(void* to, u64 word) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
+// Two words. (PTX promises whole 64-bit words for v2.u64. That makes the same machine instruction, but ptxas moves all its operands
+// to the same four registers first, one store after the other.)
 __device__ __forceinline__ void store_for_other_blocks(void* to, u64 low, u64 high) {
-    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(low), "l"(high) : "memory");
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(static_cast<u32>(low)),
+                 "r"(static_cast<u32>(low >> 32)), "r"(static_cast<u32>(high)), "r"(static_cast<u32>(high >> 32))
+                 : "memory");
+}
+__device__ __forceinline__ int load_from_other_blocks(const int* from) {
+    int word;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
 }
 // Load if `wanted`, else leave the words alone.
 __device__ __forceinline__ void load_from_other_blocks(u64& word, const void* from, bool wanted) {

@@ -13,16 +13,27 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
 }
 
 // L2 policies, as createpolicy makes them: this data is read once, evict it first; or others read it soon, keep it as usual.
-constexpr u64 L2_EVICT_FIRST = 0x12F0000000000000, L2_EVICT_NORMAL = 0x1000000000000000;
+// Their high words; the low ones are 0.
+constexpr u32 L2_EVICT_FIRST = 0x12F00000, L2_EVICT_NORMAL = 0x10000000;
 
-// Copy the box at coordinates (c0, c1, c2, c3) to shared memory; `barrier` counts its bytes. What lies outside the
+// Copy the box at coordinates (c0, c1, c2, c3, c4) to shared memory; `barrier` counts its bytes. What lies outside the
 // tensor arrives as zeros and is counted all the same.
-__device__ __forceinline__ void tma_load_4d(
-    u32 destination, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3, u64 policy) {
+__device__ __forceinline__ void tma_load_5d(
+    u32 destination, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3, int c4, u32 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        "{ .reg .b64 policy; mov.b64 policy, {0, %8};"
+        " cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], policy; }" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(policy)
+        : "memory");
+}
+
+// Have the box brought to L2. It may be written until it is read.
+__device__ __forceinline__ void tma_prefetch_5d(const TensorMap* map, int c0, int c1, int c2, int c3, int c4, u32 policy) {
+    asm volatile(
+        "{ .reg .b64 policy; mov.b64 policy, {0, %6};"
+        " cp.async.bulk.prefetch.tensor.5d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], policy; }" ::"l"(map),
+        "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(policy)
         : "memory");
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 import pytest
@@ -140,13 +139,8 @@ def test_a_value_far_larger_than_the_others_of_its_row() -> None:
 def test_helpers_without_patience(heads_q: int) -> None:
     """Whoever does not find all pieces at the first look leaves its task to the last to depart."""
     for dtype in (torch.bfloat16, torch.float16):
-        name = variants.decode_name(str(dtype).removeprefix("torch."), heads_q, aligned=True)
-        variant = variants.by_name(name)
-        constants = tuple(
-            (kind, constant, 0 if constant == "MERGE_PATIENCE" else value)
-            for kind, constant, value in variant.constants
-        )
-        hasty = dataclasses.replace(variant, name=f"{name}_hasty", constants=constants)
+        name = variants.decode_name(str(dtype).removeprefix("torch."), heads_q, plain=True)
+        hasty = variants.by_name(name).but(f"{name}_hasty", MERGE_PATIENCE=0)
         with sm90.standing_in(hasty, name, torch.cuda.current_device()):
             for pieces in (2, 5, 9, 10, 33, 66):
                 problem = make([pieces * 64, 130], heads_q=heads_q, dtype=dtype, seed=pieces)

@@ -22,10 +22,11 @@ def wide(array: torch.Tensor, before: int, after: int) -> torch.Tensor:
     return part.copy_(array)
 
 
+@pytest.mark.parametrize("heads_q", [20, 60], ids=["few rows", "full tiles"])
 @pytest.mark.parametrize("before, after", [(0, 8), (8, 56), (0, 1), (1, 0), (3, 2), (4, 4)])
-def test_q_is_a_slice_of_a_wider_tensor(before: int, after: int) -> None:
+def test_q_is_a_slice_of_a_wider_tensor(before: int, after: int, heads_q: int) -> None:
     """Rows at multiples of 16 bytes, and rows at odd places."""
-    call = problem()
+    call = problem(heads_q=heads_q)
     strided = call.but(q=wide(call.q, before, after))
     assert strided.q.stride(2) == HEAD_DIM + before + after
     assert_same_bits(strided.run(), check(call))
@@ -148,6 +149,7 @@ def places(name: str, call: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.
     return memory, out, lse
 
 
+@pytest.mark.parametrize("heads_q", [20, 60], ids=["few rows", "full tiles"])
 @pytest.mark.parametrize("cut", [True, False], ids=["merged", "direct"])
 @pytest.mark.parametrize(
     "place",
@@ -161,9 +163,10 @@ def places(name: str, call: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.
         "odd-batches",
     ],
 )
-def test_places_of_the_results(place: str, cut: bool) -> None:
+def test_places_of_the_results(place: str, cut: bool, heads_q: int) -> None:
     """With requests cut over parts (and merged) and whole."""
-    call = problem() if cut else make([70, 0, 64] * 60, seq_len_q=2, heads_q=20, causal=True)
+    whole = make([70, 0, 64] * 60, seq_len_q=2, heads_q=heads_q, causal=True)
+    call = problem(heads_q=heads_q) if cut else whole
     pieces = call.plan()[1].diff()
     assert bool((pieces > 1).any()) == cut
     memory, out, lse = places(place, call)
