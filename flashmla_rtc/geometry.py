@@ -85,6 +85,7 @@ DECODE_PARAMS = ParamStruct(
         ("TensorMap", "k_tail_map"),
         # q as (head_dim, head, query, KV head, request), or zeros: see maps.py
         ("TensorMap", "q_map"),
+        ("const u16*", "k"),  # [num_blocks, page_block_size, heads_k, head_dim]
         ("const u16*", "q"),  # [batch, seq_len_q, heads_q, head_dim]
         ("u16*", "out"),  # [batch, seq_len_q, heads_q, head_dim_v]
         ("float*", "lse"),  # [batch, heads_q, seq_len_q], natural logarithm
@@ -93,7 +94,10 @@ DECODE_PARAMS = ParamStruct(
         ("const int*", "plan"),  # [parts, 8]
         ("void*", "partials"),  # [heads_k, row block, 2 * parts, strip], of mla_decode_partial.cuh
         ("void*", "merge_states"),  # [heads_k, row block, 2 * parts], of mla_decode_merge.cuh
-        ("i64", "q_stride_batch"),  # strides count elements
+        ("i64", "k_stride_page"),  # strides count elements
+        ("i64", "k_stride_row"),
+        ("i64", "k_stride_head"),
+        ("i64", "q_stride_batch"),
         ("i64", "q_stride_seq"),
         ("i64", "q_stride_head"),
         ("i64", "out_stride_batch"),

@@ -12,14 +12,13 @@ notes are kept under.
 
 from __future__ import annotations
 
-import functools
 import struct
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from . import maps, sm90
+from . import maps, sm90, torch_shortcuts
 from .metadata import FlashMLASchedMeta
 from .rtc.kernel import DriverError, on_device
 from .sm90 import Launched
@@ -29,6 +28,7 @@ ADDRESSES = (
     "k_map",
     "k_tail_map",
     "q_map",
+    "k",
     "q",
     "out",
     "lse",
@@ -40,7 +40,7 @@ ADDRESSES = (
 )
 """How the parameters of the decode kernel begin: the tensor maps and all addresses."""
 
-_pack_addresses = struct.Struct("<256s128s8Q").pack_into
+_pack_addresses = struct.Struct("<256s128s9Q").pack_into
 
 _NO_MAP = bytes(maps.BYTES)
 _MOST_NOTES = 1024
@@ -101,9 +101,10 @@ class _Note:
     def __init__(self, key: tuple[Any, ...], launched: Launched, made_for: tuple[Any, ...]) -> None:
         self.head_dim_v, self.softmax_scale, self.causal, look_of_q = key[:4]
         (batch, seq_len_q, heads_q, _), _, dtype, self.index = look_of_q
-        self.new_out = _contiguous((batch, seq_len_q, heads_q, self.head_dim_v), dtype)
-        self.new_lse = _contiguous((batch, heads_q, seq_len_q), _torch.float32)
-        self.empty = _shortcuts()[1] or _empty
+        contiguous = torch_shortcuts.contiguous
+        self.new_out = contiguous((batch, seq_len_q, heads_q, self.head_dim_v), dtype)
+        self.new_lse = contiguous((batch, heads_q, seq_len_q), _torch.float32)
+        self.empty = torch_shortcuts.found()[1] or torch_shortcuts.empty
         self.current_device = _torch._C._cuda_getDevice
         self.current_stream = _torch._C._cuda_getCurrentRawStream
         self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
@@ -282,6 +283,7 @@ def launch_again(
             0,
             k_map,
             q_map,
+            at_k,
             at_q,
             at_out,
             at_lse,
@@ -345,7 +347,7 @@ def note(
 
 def _remember(note: _Note, tensors: tuple[Any, ...], recent: list[_Note]) -> None:
     """Have torch compare the tensors of the next calls with these, which have the note's key."""
-    guards = _shortcuts()[0]
+    guards = torch_shortcuts.found()[0]
     if guards is None or not tensors:
         return
     if note in recent:
@@ -354,59 +356,6 @@ def _remember(note: _Note, tensors: tuple[Any, ...], recent: list[_Note]) -> Non
     note.looks_same = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     recent.insert(0, note)
     del recent[_MOST_RECENT:]
-
-
-@functools.cache
-def _shortcuts() -> tuple[Any, Any]:
-    """What the programs that torch compiles use: ``TensorGuards``, which compares many tensors with
-    others at once, and an allocation without ceremony. None in place of one that is not there.
-
-    Neither is documented, so each has to show here that it does what is asked of it. Both are
-    looked at on the CPU, where the second has a sibling.
-    """
-    guards = empty = None
-    try:
-        tools = _torch._C._dynamo.guards
-        make = functools.partial(_torch.empty, device="cpu", dtype=_torch.float32)
-        check = tools.TensorGuards(
-            make(2, 3), make(4), dynamic_dims_sizes=None, dynamic_dims_strides=None
-        ).check
-        others = (
-            make(3, 2),
-            make(2, 3, 1),
-            make(3, 2).t(),
-            make(2, 3, dtype=_torch.int32),
-            make(2, 3, device="meta"),
-            _torch.nn.Parameter(make(2, 3), requires_grad=False),
-        )
-        if check(make(2, 3), make(4)) is True and not any(
-            check(other, make(4)) is not False for other in others
-        ):
-            guards = tools.TensorGuards
-    except Exception:
-        guards = None
-    try:
-        made = tools._empty_strided_cpu((2, 3), (3, 1), _torch.float16)
-        if (made.shape, made.stride(), made.dtype) == ((2, 3), (3, 1), _torch.float16):
-            empty = tools._empty_strided_cuda
-    except Exception:
-        empty = None
-    return guards, empty
-
-
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-    """A new tensor on the current device."""
-    return _torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-def _contiguous(shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
-    """The arguments of ``empty`` for a contiguous tensor."""
-    strides: list[int] = []
-    step = 1
-    for extent in reversed(shape):
-        strides.insert(0, step)
-        step *= extent
-    return shape, tuple(strides), dtype
 
 
 def _tensor_class() -> Any:

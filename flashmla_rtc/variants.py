@@ -28,6 +28,7 @@ _LAUNCHING_PYTHON = (
     "recorded.py",
     "schedule.py",
     "sm90.py",
+    "torch_shortcuts.py",
     "variants.py",
     "workspace.py",
     "rtc/compiler.py",

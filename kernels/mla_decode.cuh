@@ -5,7 +5,8 @@
 // A thread block works on 64 query rows of one KV head and, through its part of the plan, on runs of 64-key blocks
 // (one block = one page). Four warpgroups:
 //
-//   producers  a thread has blocks of K copied by TMA, another one query tiles; a warp finds out about merges
+//   producers  a thread has blocks of K copied by TMA, another one query tiles; a warp finds out about merges and has keys
+//              brought to L2
 //   left       output columns   0..255
 //   right      output columns 256..511
 //   scorers    scores and probabilities of all blocks
@@ -18,11 +19,13 @@
 //   left, right                | O += P0 V0                    | O += P1 V1                    | ...
 //
 // Softmax needs time in which the tensor cores have something else to do: the product of the block before. So the scorers hold
-// back P1 until S2 is nearly done. When the keys of S2 are not there yet, memory is the limit and not the tensor cores: P1 is
-// given away at once, and the place of its keys gets free the sooner.
+// back P1 until S2 is nearly done. With one row block memory is the limit and not the tensor cores: when the keys of S2 are not
+// there yet, P1 is given away at once, and the place of its keys gets free the sooner. With more row blocks the keys that the ring
+// has no room for yet are brought to L2 instead.
 //
-// m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum, so it stays until a
-// block exceeds it by more than 2^RANGE; then, and only then, left and right rescale their output.
+// m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum. So nobody looks for the
+// maximum of a block, but of the first: the probabilities are computed by the m that there is, and if their sums show that they
+// are too large, again, by the maximum. Then, and only then, left and right rescale their output.
 //
 // Shared memory has rings. A block's value columns are four pairs of 64 x 64 boxes, with a barrier each, so that S starts with the
 // first pair that lands; left reads two of them, right the others. The rope columns are in a ring of their own, the tails, and
@@ -34,8 +37,8 @@
 //   pairs               full when the copy engine says so, or those who gather a query tile (and q_ready). Released by left or
 //                       right behind their product, for which they waited for P and so for the end of S; those of a query
 //                       tile by the scorers.
-//   tails[t]            rope columns, full when the copy engine says so; then P, written when all scorers have their S, before
-//                       p_ready. Released by left and right behind their product (tail_empty).
+//   tails[t]            rope columns, full when the copy engine says so; then P, written when all scorers have read them
+//                       (rope_is_read), before p_ready. Released by left and right behind their product (tail_empty).
 //   page_is_valid[t], row_factor[t], rescales[t]   written before tail_full or p_ready, read before tail_empty.
 //   q                   written before q_ready, read by S; again after q_empty. Rows that no tile has are zero from the start.
 //   row_sum[n], row_reference[n]   written before sums_ready, again in a piece for which pieces[n] was written again.
@@ -170,6 +173,7 @@ __device__ __forceinline__ void init_barriers(Shared& shared, int lane) {
     if (lane < TAILS) {
         init(shared.tail_full[lane], 1);
         init(shared.tail_empty[lane], 2 * WARPS);
+        init(shared.rope_is_read[lane], WARPS);
         init(shared.p_ready[lane], WARPS);
     }
     if (lane < PIECES) {
@@ -181,6 +185,7 @@ __device__ __forceinline__ void init_barriers(Shared& shared, int lane) {
     if (lane == 0) {
         init(shared.q_empty, WARPS);
         init(shared.plan_ready, PLAN_ROW_INTS);
+        init(shared.keys_asked, 1);
         init(shared.merges_found, 2 * 32);
         init(shared.tasks_ready, 1);
     }
@@ -200,8 +205,7 @@ __device__ __forceinline__ void ask_for_small_inputs(const MlaDecodeParams& para
 }
 
 // The same for the first block of keys, by a plan, lengths and page numbers that the kernel before may still change. No harm is
-// done if it does: what has been brought to L2 in vain is not used. Called by one thread: lanes that prefetched with different
-// maps, for which ptxas makes a loop, were seen to end in illegal instructions.
+// done if it does: what has been brought to L2 in vain is not used. Called by one thread.
 __device__ __forceinline__ void ask_for_first_keys(const MlaDecodeParams& params) {
     const int* const at = params.plan + blockIdx.z * PLAN_ROW_INTS;
     auto word = [&](int i) { return load_from_other_blocks(at + i); };
@@ -248,6 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         tma_prefetch_map(&params.k_tail_map);
         if (config::PLAIN) tma_prefetch_map(&params.q_map);
         shared.done = 0;
+        shared.blocks_asked = 0;
         init_barriers(shared, threadIdx.x);
     } else if (warp == 1) {
         ask_for_small_inputs(params, threadIdx.x % 32);
@@ -261,12 +266,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         if (warp == 1 && elect_lane()) ask_for_first_keys(params);
         start(params, shared);
         if (warp == 0) {
-            if (elect_lane()) produce_k(params, shared);
-            __syncwarp();
-            claim_tasks(params, shared, here(threadIdx.x) % 32);
+            if (elect_lane()) produce_k(params, shared);  // and nothing behind it in this warp: see elect_lane
         } else if (warp == 1) {
             find_merge(params, shared, FRONT, first_row);
             find_merge(params, shared, BACK, first_row);
+            bring_keys_to_l2(params, shared, here(threadIdx.x) % 32);
+            claim_tasks(params, shared, here(threadIdx.x) % 32);
         } else if constexpr (config::PLAIN) {
             if (warp == 2 && elect_lane()) produce_q(params, shared);
         } else {

@@ -37,6 +37,7 @@ __device__ __forceinline__ int query_rows(const MlaDecodeParams& params) {
 
 // Rings of shared memory. Two neighbouring boxes of values are a pair: half of what left or right reads of a block.
 constexpr int PAIR_BYTES = 2 * BOX_BYTES, PAIRS_A_BLOCK = VALUE_BOXES / 2, PAIRS = 11;
+constexpr int RING_BLOCKS = PAIRS / PAIRS_A_BLOCK + 1;  // of keys that the ring begins to hold
 constexpr int TAILS = 3;   // boxes for the rope columns of a block and then its probabilities
 constexpr int PIECES = 2;  // notes
 constexpr int Q_IN_REGISTERS = 6, Q_IN_SHARED = BOXES - Q_IN_REGISTERS;  // boxes
@@ -46,7 +47,9 @@ constexpr int SCORERS = 1, BOTH_SIDES = 3;  // named barriers (0 is __syncthread
 
 // The reference before any key: low enough that 2^(anything - m) vanishes, finite so that no inf - inf arises.
 constexpr float NO_REFERENCE = -1e30f;
-constexpr float RANGE = 8.0f;  // probabilities reach 2^RANGE before the reference follows: well inside 16-bit floats
+// When the sum of a thread's 16 probabilities of a row and block exceeds MOST, well inside 16-bit floats, the row's maximum becomes
+// its reference, unless the highest probability is at most 2^HEADROOM: then another row was the reason.
+constexpr float MOST = 256.0f, HEADROOM = 4.0f;
 constexpr float LN_2 = 0.693147180559945309f;
 
 // A request's pieces lie in neighbouring parts: the first is the last work of part `head`, the others the first work of
@@ -91,13 +94,14 @@ struct alignas(1024) Shared {  // descriptors count on the order of the boxes
     u8 phases[2][config::MAX_PARTS];  // of the merges' pieces: bit s is that of strip s, before this call
     MergeTask tasks[CONSUMER_WARPS];  // of the merge at the part's end: one a warp, or the first for all
     u32 done;                         // warps that have nothing to merge any more; high half: those that left a task behind
+    volatile int blocks_asked;        // of keys, by the loader, so far
     u64 pair_full[PAIRS], pair_empty[PAIRS];
     u64 tail_full[TAILS], tail_empty[TAILS];
-    u64 p_ready[TAILS];
+    u64 rope_is_read[TAILS], p_ready[TAILS];
     u64 piece_ready[PIECES], piece_empty[PIECES];
     u64 q_ready[PIECES], q_empty;
     u64 sums_ready[PIECES];
-    u64 merges_found, tasks_ready, plan_ready;
+    u64 keys_asked, merges_found, tasks_ready, plan_ready;
 };
 static_assert(sizeof(Shared) == config::SHARED_BYTES, "the host asks for exactly this much");
 static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper thread block");

@@ -15,7 +15,7 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
-    int asked = 0;  // blocks so far: 3 stands for more, too
+    int asked = 0;  // blocks so far
     for (int number = part().first_request; number <= part().last_request; number++) {
         auto page_of = [&](int block) {
             const i64 row = here(number) * params.block_table_stride;  // not kept, for want of registers
@@ -23,7 +23,7 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
         };
         const int begin = part().begin(number);
         int page = page_of(begin), next_page = page_of(begin + 1);  // under way while the length arrives
-        const Request request(params, number, blockIdx.x * ROWS);
+        const Request request(params, number, here(blockIdx.x) * ROWS);
         const int first = part().first(number, request.blocks()), last = part().last(number, request.blocks());
         wait(shared.piece_empty[note.at()], note.turn() ^ 1);
         shared.pieces[note.at()] = {request.length, request.limit_min, first, last, pair.steps};
@@ -68,11 +68,44 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
                 load(shared.pairs[to.at()][0], params.k_map, full, i * 2);
             }
             tail += 1;
-            asked = min(asked + 1, 3);
+            shared.blocks_asked = ++asked;
             trace.mark(TRACE_ISSUED);
             pair += PAIRS_A_BLOCK;
         }
         note += 1;
+    }
+    mbarrier_arrive(shared_address(&shared.keys_asked));
+}
+
+// With several row blocks the scorers hold P back and places in the ring get free late: too late for what comes from device memory,
+// but not for what is in L2. So one block of keys more than the ring has room for is brought there, by loads that nobody waits
+// for; row blocks share the work. Called by one warp.
+__device__ __forceinline__ void bring_keys_to_l2(const MlaDecodeParams& params, Shared& shared, int lane) {
+    constexpr int LINE = 64, LINES_A_ROW = HEAD_DIM / LINE;  // 128 bytes
+    const int lanes_a_row = gridDim.x * 32 / KEYS;
+    if (lanes_a_row == 0) return;
+    auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
+    const volatile int& asked = shared.blocks_asked;
+    int number_of_block = 0;
+    for (int number = part().first_request; number <= part().last_request; number++) {
+        const Request request(params, number, here(blockIdx.x) * ROWS);
+        const int last = part().last(number, request.blocks());
+        for (int block = part().first(number, request.blocks()); block < last; block++) {
+            const int page = load_now(params.block_table + number * params.block_table_stride + block);
+            u32 spins = 0;
+            while (!__all_sync(0xFFFFFFFF, number_of_block <= asked)) {
+                __nanosleep(100);
+                if (config::TRAP_AFTER_SPINS > 0 && ++spins > config::TRAP_AFTER_SPINS) __trap();
+            }
+            const bool has_room = number_of_block++ < RING_BLOCKS;
+            if (has_room || page < 0 || page >= params.num_blocks) continue;
+            const int place = here(blockIdx.x) * 32 + lane, row = place % KEYS, first = place / KEYS;
+            if (first >= lanes_a_row) continue;
+            const u16* line = params.k + page * params.k_stride_page + row * params.k_stride_row +
+                              blockIdx.y * params.k_stride_head + first * LINE;
+#pragma unroll 1
+            for (int i = first; i < LINES_A_ROW; i += lanes_a_row, line += lanes_a_row * LINE) prefetch_to_l2(line);
+        }
     }
 }
 

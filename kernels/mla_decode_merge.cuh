@@ -110,6 +110,7 @@ __device__ __forceinline__ void claim_tasks(const MlaDecodeParams& params, Share
     const Part part(shared.plan_row, gridDim.z, params.batch);
     if (part.first_request > part.last_request || (part.begin_block == 0 && !part.end_is_cut)) return;
     wait(shared.merges_found, 0);
+    wait(shared.keys_asked, 0);
     const Merge& merge = shared.merges[last_end(part)];
     if (merge.pieces > 0) {
         int share = 0;

@@ -14,7 +14,7 @@ using QueryBoxes = u32[Q_IN_REGISTERS][K_STEPS][4];
 
 __device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, const Ring<PAIRS>& pair, const Place& place,
     int box_rows) {
-    const bool has_rows = place.warp * 16 < box_rows;
+    const bool has_rows = Place(here(threadIdx.x)).warp * 16 < box_rows;
 #pragma unroll
     for (int i = 0; i < Q_PAIRS; i++) wait(shared.pair_full[(pair + i).at()], (pair + i).turn());
 #pragma unroll
@@ -28,11 +28,12 @@ __device__ __forceinline__ void load_query_boxes(QueryBoxes& q, Shared& shared, 
 }
 
 // S = Q K^T, box by box as they land, in the order in which they are asked for. Whether the next box is there is asked before
-// the products of this one, which are short. `almost_done` is called when all but the last box are under way, some 300 cycles
-// before the end.
-template <class AlmostDone>
+// the products of this one, which are short. `release` is called when all but the last two boxes are under way and when all but the
+// last one are, and told which is the better time (measured); `under_way` when all are; `rope_is_read` when the rope columns have
+// been read.
+template <class Release, class UnderWay, class RopeIsRead>
 __device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shared, const QueryBoxes& q, const Ring<PAIRS>& pair,
-    const Ring<TAILS>& tail, AlmostDone almost_done) {
+    const Ring<TAILS>& tail, Release release, UnderWay under_way, RopeIsRead rope_is_read) {
     constexpr int ORDER[BOXES] = {0, 1, 2, 3, 4, 5, ROPE_BOX, 6, 7};
     auto full = [&](int box) -> const u64& {
         return box == ROPE_BOX ? shared.tail_full[tail.at()] : shared.pair_full[(pair + box / 2).at()];
@@ -48,7 +49,8 @@ __device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shar
         if (i + 1 < BOXES && begins_pair(ORDER[i + 1])) {
             landed = mbarrier_test(shared_address(&full(ORDER[i + 1])), turn(ORDER[i + 1]));
         }
-        if (i + 1 == BOXES) almost_done();
+        if (i + 2 == BOXES) release(gridDim.x == 2);
+        if (i + 1 == BOXES) release(gridDim.x != 2);
         const u64 k = box == ROPE_BOX ? descriptor(TAILS_OFFSET) + tail.at() * NEXT_BOX
                                       : descriptor(box % 2 * BOX_BYTES) + (pair + box / 2).at() * NEXT_PAIR;
 #pragma unroll
@@ -60,8 +62,12 @@ __device__ __forceinline__ void compute_scores(float (&scores)[32], Shared& shar
                 wgmma_n64_ss<Element>(scores, in_shared + step * STEP_K_MAJOR, k + step * STEP_K_MAJOR, true);
             }
         }
+        if (box == ROPE_BOX) wgmma_commit();
     }
     wgmma_commit();
+    under_way();
+    wgmma_wait<1>();
+    rope_is_read();
     wgmma_wait<0>();
 }
 
@@ -99,42 +105,40 @@ __device__ __forceinline__ void mask_scores(float (&scores)[32], const MlaDecode
     if (valid) clean_values(shared, pair, clamp(piece.limit_min - first_key, 0, KEYS));
 }
 
-// The reference for a block's scores: the one so far, unless they exceed it by more than 2^RANGE. A rounded probability
-// is as exact above 1 as below, and the headroom keeps a maximum that creeps up from costing a rescale.
-__device__ __forceinline__ float block_reference(const float (&scores)[32], int half, float reference, float scale) {
+// The highest score of a row.
+__device__ __forceinline__ float highest_score(const float (&scores)[32], int half) {
     float even = scores[half * 2], odd = scores[half * 2 + 1];  // two chains, since each waits for itself
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {
         even = fmaxf(even, scores[i + half * 2]);
         odd = fmaxf(odd, scores[i + half * 2 + 1]);
     }
-    const float m = quad_max(fmaxf(even, odd));
-    return (m - reference) * scale > RANGE ? m : reference;
+    return quad_max(fmaxf(even, odd));
 }
 
-// scores -> 2^(scale * (scores - reference)), and their share of the row's sum.
-__device__ __forceinline__ void exponentiate(float (&scores)[32], int half, float reference, float scale, float& sum) {
-    const float shift = reference * scale;
-    float even = 0.0f, odd = 0.0f;
-#pragma unroll
-    for (int i = half * 2; i < 32; i += 4) {
-        even += scores[i] = exp2_approx(fmaf(scores[i], scale, -shift));
-        odd += scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale, -shift));
-    }
-    sum += even + odd;
-}
-
-// Writes this warp's 16 rows of P to a box, for the tensor cores to read. Step s covers keys 16 s .. 16 s + 15.
-__device__ __forceinline__ void store_probabilities(u8* box, const float (&scores)[32], const Place& place) {
+// Writes the probabilities 2^(scale * (scores - reference)) of this warp's 16 rows to a box, for the tensor cores to read, as soon as
+// nobody needs what is there. Returns this thread's share of the sums of its two rows. Step s covers keys 16 s .. 16 s + 15.
+__device__ __forceinline__ float2 exponentiate(const float (&scores)[32], const float (&reference)[2], float scale, u8* box,
+    const u64& box_is_free, u32 turn, const Place& place) {
+    const float shift[2] = {reference[0] * scale, reference[1] * scale};
     const u32 matrices = place.matrices(box);
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // [half][even, odd]
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
         u32 p[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) p[i] = pack2<Element>(scores[step * 8 + i * 2], scores[step * 8 + i * 2 + 1]);
+        for (int i = 0; i < 4; i++) {
+            const float* const pair = scores + step * 8 + i * 2;
+            const float even = exp2_approx(fmaf(pair[0], scale, -shift[i % 2]));
+            const float odd = exp2_approx(fmaf(pair[1], scale, -shift[i % 2]));
+            sum[i % 2 * 2] += even;
+            sum[i % 2 * 2 + 1] += odd;
+            p[i] = pack2<Element>(even, odd);
+        }
+        if (step == 0) wait(box_is_free, turn);
         store_matrix_x4(place.matrix(matrices, step), p);
     }
-    fence_async_shared();
+    return {sum[0] + sum[1], sum[2] + sum[3]};
 }
 
 // The probabilities of all blocks of all pieces.
@@ -163,48 +167,57 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
         for (int block = piece.first; block < last; block++) {
             // 1. S.
             float scores[32];
+            bool valid, every_row_sees_all, is_first;  // looked up while the products run
             pin_registers(scores);
-            compute_scores(scores, shared, q, pair, tail, [&] {
+            compute_scores(scores, shared, q, pair, tail, [&](bool now) {
                 // All warps of a warpgroup have to take the same way between products, and each holds back on its own account.
                 __syncwarp();
-                mbarrier_arrive_if(shared_address(&shared.p_ready[(tail + (TAILS - 1)).at()]), held_back && place.lane == 0);
-            });
+                mbarrier_arrive_if(shared_address(&shared.p_ready[(tail + (TAILS - 1)).at()]), now && held_back && place.lane == 0);
+            }, [&] {
+                valid = __shfl_sync(0xFFFFFFFF, shared.page_is_valid[tail.at()], 0) != 0;
+                every_row_sees_all = valid && (block + 1) * KEYS <= piece.limit_min;
+                is_first = block == piece.first;
+            }, [&] { mbarrier_arrive_if(shared_address(&shared.rope_is_read[tail.at()]), place.lane == 0); });
             pin_registers(scores);
             trace.mark(TRACE_SCORES);
-            const bool valid = __shfl_sync(0xFFFFFFFF, place.lane == 0 ? shared.page_is_valid[tail.at()] : 0, 0) != 0;
-            named_barrier_sync(SCORERS, WARPGROUP);  // every warp has its scores: P may take the place of the rope columns
-            if (!valid || (block + 1) * KEYS > piece.limit_min) {
+            if (!every_row_sees_all) {
+                named_barrier_sync(SCORERS, WARPGROUP);  // no warp needs the keys any more
                 mask_scores(scores, params, shared, pair, piece, first_row, block, valid);
             }
             pair += PAIRS_A_BLOCK;
 
-            // 2. Its probabilities.
-            const float before[2] = {reference[0], reference[1]};
+            // 2. Its probabilities, by the reference so far. If they get too large for that, and in the first block, by another.
+            bool rescales = false;
+            float2 share;
+            for (bool looks = is_first;; looks = true) {
+                if (looks) {
+                    rescales = !is_first;
 #pragma unroll
-            for (int half = 0; half < 2; half++) reference[half] = block_reference(scores, half, before[half], scale);
-            const bool rescales =
-                block > piece.first && __any_sync(0xFFFFFFFF, reference[0] != before[0] || reference[1] != before[1]);
-            if (rescales) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const float factor = exp2_approx((before[half] - reference[half]) * scale);
-                    sum[half] *= factor;
-                    if (place.leads_quad()) shared.row_factor[tail.at()][place.row(half)] = factor;
+                    for (int half = 0; half < 2; half++) {
+                        const float before = reference[half], highest = highest_score(scores, half);
+                        if ((highest - before) * scale > HEADROOM) reference[half] = highest;
+                        const float factor = exp2_approx((before - reference[half]) * scale);
+                        sum[half] *= factor;
+                        if (place.leads_quad()) shared.row_factor[tail.at()][place.row(half)] = factor;
+                    }
                 }
+                share = exponentiate(
+                    scores, reference, scale, shared.tails[tail.at()], shared.rope_is_read[tail.at()], tail.turn(), place);
+                if (looks || __all_sync(0xFFFFFFFF, share.x <= MOST && share.y <= MOST)) break;
             }
+            sum[0] += share.x;
+            sum[1] += share.y;
             if (place.lane == 0) shared.rescales[tail.at()][place.warp] = rescales;
-#pragma unroll
-            for (int half = 0; half < 2; half++) exponentiate(scores, half, reference[half], scale, sum[half]);
-            store_probabilities(shared.tails[tail.at()], scores, place);
+            fence_async_shared();
 
             // 3. Its product with the values may begin: when all of our next S but the end is under way, so that the tensor cores
-            // have the product to do while we do the next probabilities; at once if memory is the limit and the next keys are
-            // not there.
+            // have the product to do while we do the next probabilities. With one row block memory is the limit: at once if the
+            // next keys are not there.
             const auto keys_are_there = [&] {
                 const Ring<PAIRS> end = pair + (PAIRS_A_BLOCK - 1);
                 return __any_sync(0xFFFFFFFF, mbarrier_test(shared_address(&shared.pair_full[end.at()]), end.turn()));
             };
-            held_back = block + 1 < last && (gridDim.x > 2 || keys_are_there());
+            held_back = block + 1 < last && (gridDim.x > 1 || keys_are_there());
             if (!held_back) arrive_as_warp(shared.p_ready[tail.at()], place.lane);
             trace.mark(TRACE_P);
             tail += 1;

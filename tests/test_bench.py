@@ -264,13 +264,22 @@ def test_host_time_counts_calls_and_not_the_wait(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr("flashmla_rtc.bench.timing.time.perf_counter", lambda: clock.now)
 
-    def call():
-        clock.now += 2e-5
+    turns = []
+
+    def taking(name, seconds):
+        def call():
+            clock.now += seconds
+            turns.append(name)
+
+        return call
 
     def synchronize():
         clock.now += 1.0
 
-    assert host_seconds(call, synchronize, calls=10, rounds=3) == pytest.approx(2e-5)
+    candidates = {"quick": taking("quick", 2e-5), "slow": taking("slow", 5e-5)}
+    times = host_seconds(candidates, synchronize, calls=10, rounds=3)
+    assert times == pytest.approx({"quick": 2e-5, "slow": 5e-5})
+    assert turns == (["quick"] * 10 + ["slow"] * 10) * 5
 
 
 # Inputs

@@ -19,7 +19,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flashmla_rtc import recorded, sm90, validation  # noqa: E402
+from flashmla_rtc import recorded, sm90, torch_shortcuts, validation  # noqa: E402
 from flashmla_rtc.geometry import DECODE_PARAMS  # noqa: E402
 from flashmla_rtc.metadata import FlashMLASchedMeta  # noqa: E402
 from flashmla_rtc.rtc.kernel import DriverError  # noqa: E402
@@ -145,7 +145,7 @@ def test_what_only_equals_good_input_is_never_noted(changed: dict[str, Any]) -> 
 
 
 def first_fields(buffer: Any) -> dict[str, Any]:
-    fields = struct.unpack_from("<128s128s128s8Q", buffer)
+    fields = struct.unpack_from("<128s128s128s9Q", buffer)
     return dict(zip(recorded.ADDRESSES, fields, strict=True))
 
 
@@ -176,6 +176,7 @@ VALUES: dict[str, Any] = dict.fromkeys((name for _, name in DECODE_PARAMS.fields
     "k_map": b"\7" * 128,
     "k_tail_map": b"\6" * 128,
     "q_map": bytes(128),
+    "k": 128,
     "q": 256,
     "out": 512,
     "plan": 1024,
@@ -253,14 +254,14 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     guards = None
     if request.param:
         recorded._tensor_class()
-        guards, _ = recorded._shortcuts()
+        guards, _ = torch_shortcuts.found()
         if guards is None:
             pytest.skip("This torch does not compare tensors as it is asked to.")
 
     def empty(shape: Any, strides: Any, dtype: Any) -> Any:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
-    monkeypatch.setattr(recorded, "_shortcuts", lambda: (guards, empty))
+    monkeypatch.setattr(torch_shortcuts, "found", lambda: (guards, empty))
     yield made
     validation.validation_enabled.cache_clear()
 
@@ -279,12 +280,11 @@ def test_a_call_like_one_before_is_launched_with_its_own_addresses(machine: Mach
     out, lse = machine.call(call)
     assert (out.shape, out.stride(), out.dtype) == (OUT.shape, OUT.stride(), OUT.dtype)
     assert (lse.shape, lse.stride(), lse.dtype) == (LSE.shape, LSE.stride(), LSE.dtype)
-    addresses = {
-        name: (call | {"out": out, "lse": lse})[name].data_ptr() for name in recorded.ADDRESSES[3:9]
-    }
+    given_arrays = call | {"k": call["k_cache"], "out": out, "lse": lse}
+    addresses = {name: given_arrays[name].data_ptr() for name in recorded.ADDRESSES[3:10]}
     assert machine.kernel.launches == [
         addresses
-        | {name: VALUES[name] for name in (*recorded.ADDRESSES[:3], *recorded.ADDRESSES[9:])}
+        | {name: VALUES[name] for name in (*recorded.ADDRESSES[:3], *recorded.ADDRESSES[10:])}
         | {"grid": (1, 1, 66), "stream": 0}
     ]
 
@@ -627,7 +627,8 @@ def test_maps_of_q_do_not_grow_without_end(
 
 
 def test_addresses_lie_where_the_kernel_reads_them() -> None:
-    assert tuple(name for _, name in DECODE_PARAMS.fields[:11]) == recorded.ADDRESSES
+    names = tuple(name for _, name in DECODE_PARAMS.fields)
+    assert names[: len(recorded.ADDRESSES)] == recorded.ADDRESSES
     buffer = ctypes.create_string_buffer(DECODE_PARAMS.size)
     DECODE_PARAMS.pack_into(buffer, VALUES)
     before = bytes(buffer)
@@ -642,15 +643,14 @@ def test_addresses_lie_where_the_kernel_reads_them() -> None:
 @pytest.fixture
 def shortcuts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Any]]:
     """What is made of ``torch._C._dynamo.guards`` if it is the object given."""
-    monkeypatch.setattr(recorded, "_torch", torch)
 
     def look(guards: Any) -> Any:
-        recorded._shortcuts.cache_clear()
+        torch_shortcuts.found.cache_clear()
         monkeypatch.setattr(torch._C._dynamo, "guards", guards)
-        return recorded._shortcuts()
+        return torch_shortcuts.found()
 
     yield look
-    recorded._shortcuts.cache_clear()
+    torch_shortcuts.found.cache_clear()
 
 
 def test_only_shortcuts_that_do_what_they_should_are_taken(

@@ -124,8 +124,5 @@ def host_times(
             notes.append(f"{peer.name}'s host time was not measured: {first_line(error)}")
         else:
             candidates[f"peer_{peer.name}"] = peer_call
-    times = {
-        name: host_seconds(candidate, synchronize, calls) * 1e6
-        for name, candidate in candidates.items()
-    }
-    return times, notes
+    times = host_seconds(candidates, synchronize, calls)
+    return {name: seconds * 1e6 for name, seconds in times.items()}, notes

@@ -135,17 +135,21 @@ class GraphTimer:
 
 
 def host_seconds(
-    call: Call, synchronize: Callable[[], Any], calls: int = 200, rounds: int = 15
-) -> float:
-    """Host time of one asynchronous call: the median over rounds of ``calls`` calls into an empty
-    queue.
+    candidates: Mapping[str, Call],
+    synchronize: Callable[[], Any],
+    calls: int = 200,
+    rounds: int = 15,
+) -> dict[str, float]:
+    """Host time of one asynchronous call of each: the median over rounds of ``calls`` calls into
+    an empty queue. All have a turn in every round, since the host's clock rises and falls too.
     """
-    times = []
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 2):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
+        for name, call in candidates.items():
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times[name].append((time.perf_counter() - start) / calls)
     synchronize()
-    return statistics.median(times[2:])
+    return {name: statistics.median(measured[2:]) for name, measured in times.items()}

@@ -86,6 +86,10 @@ __device__ __forceinline__ u32 or_of_warp(u32 x) {
 }
 
 // True in exactly one lane of a converged warp.
+//
+// Where that lane waits in a loop, nothing may follow for its warp. ptxas puts YIELD into such loops, and with that the other lanes
+// pass the end of the branch at which they should meet it. All lanes share one set of uniform registers, which hold the
+// operands of copies; what comes next in the code overwrites them, while a copy has yet to read them (an illegal instruction).
 __device__ __forceinline__ bool elect_lane() {
     u32 elected;
     asm volatile(

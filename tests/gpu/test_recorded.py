@@ -10,7 +10,7 @@ import torch
 from problem import DEVICE, assert_same_bits, check, make
 
 import flashmla_rtc
-from flashmla_rtc import recorded, sm90, validation
+from flashmla_rtc import recorded, sm90, torch_shortcuts, validation
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
 def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what is borrowed from torch's compiler, and as where torch does not have it."""
     if not request.param:
-        monkeypatch.setattr(recorded, "_shortcuts", lambda: (None, None))
+        monkeypatch.setattr(torch_shortcuts, "found", lambda: (None, None))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_shortcuts_are_there(comparison: None, request: pytest.FixtureReques
     problem = make([300], heads_q=16)
     call(problem, problem.plan())
     expected = "compared by torch" in request.node.name
-    assert all(tool is not None for tool in recorded._shortcuts()) is expected
+    assert all(tool is not None for tool in torch_shortcuts.found()) is expected
 
 
 def test_inference_mode(long_ways: list[int]) -> None:
