@@ -70,12 +70,16 @@ class _Planner:
         inside = np.where(block > 0, self.model.segment + COST_UNIT * block, 0)
         return self.prefix[request] + inside
 
-    def cuts(self, parts: int, slack: int) -> tuple[np.ndarray, np.ndarray]:
+    def line(self, count: int) -> np.ndarray:
+        """Where each request begins if it counts ``count`` besides its blocks; (batch + 1,)."""
+        return self.prefix - np.arange(self.batch + 1) * (self.model.segment - count)
+
+    def cuts(self, parts: int, slack: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The parts + 1 cuts as (request, block) pairs: each stands before that block."""
-        segment = self.model.segment
-        x = segment + (self.total - segment) * np.arange(parts + 1, dtype=np.int64) // parts
-        request = np.searchsorted(self.prefix[:-1], x, side="right") - 1
-        inside = x - self.prefix[request] - self.model.segment
+        line = self.line(count)
+        x = count + (line[-1] - count) * np.arange(parts + 1, dtype=np.int64) // parts
+        request = np.searchsorted(line[:-1], x, side="right") - 1
+        inside = x - line[request] - count
         block = np.where(inside > 0, inside // COST_UNIT, 0)
         blocks = self.blocks[request]
         to_end = COST_UNIT * (blocks - block) <= slack
@@ -86,8 +90,8 @@ class _Planner:
         request[-1], block[-1] = self.batch, 0
         return request, block
 
-    def cost(self, parts: int, slack: int) -> int:
-        request, block = self.cuts(parts, slack)
+    def cost(self, parts: int, slack: int, count: int) -> int:
+        request, block = self.cuts(parts, slack, count)
         position = self.position(request, block)
         inside = block > 0
         cost = position[1:] - position[:-1]
@@ -96,14 +100,14 @@ class _Planner:
         cost = cost + np.where(new_piece, self.model.piece, 0)
         if not inside.any():
             return int(cost.max())
-        line = max(self.total - self.model.segment, 1)
-        first = self.prefix[request] * parts // line + 1
+        line = self.line(count)
+        first = line[request] * parts // max(int(line[-1]) - count, 1) + 1
         most_pieces = int(np.where(inside, np.arange(parts + 1) - first + 2, 0).max())
         model = self.model
         merge = model.merge + model.merge_longest * most_pieces // 16
         return int(cost.max()) + merge
 
-    def candidate(self, index: int) -> tuple[int, int]:
+    def candidate(self, index: int) -> tuple[int, int, int]:
         choice = index % 16
         if choice == 0:
             requests_a_part = -(-self.batch // self.useful_parts)
@@ -116,9 +120,10 @@ class _Planner:
         else:
             parts = max(self.useful_parts * (18 - choice) // 16, 1)
         eighths = (1 << (index // 16)) >> 1
-        return parts, self.total // parts // 8 * eighths
+        count = 0 if choice in (1, 15) else self.model.segment
+        return parts, self.total // parts // 8 * eighths, count
 
-    def best(self) -> tuple[int, int]:
+    def best(self) -> tuple[int, int, int]:
         candidates = [self.candidate(i) for i in range(geometry.SCHEDULE_CANDIDATES)]
         return min(candidates, key=lambda candidate: self.cost(*candidate))
 

@@ -59,7 +59,7 @@ def launcher(name: str, device: int) -> Launcher:
     loaded = _table.load(kernel, device, variant.dynamic_smem_bytes)
     with _lock:
         return _launchers.setdefault(
-            (name, device), Launcher(loaded, variant.params, variant.threads)
+            (name, device), Launcher(loaded, variant.params, variant.threads, variant.cluster)
         )
 
 
@@ -72,7 +72,7 @@ def standing_in(variant: variants.Variant, name: str, device: int) -> Iterator[L
     before = launcher(name, device)
     kernel = compile_kernel(variant.source(), may_spill=True)
     loaded = LoadedKernel(kernel, device, variant.dynamic_smem_bytes)
-    _launchers[name, device] = Launcher(loaded, variant.params, variant.threads)
+    _launchers[name, device] = Launcher(loaded, variant.params, variant.threads, variant.cluster)
     replacements += 1
     try:
         yield loaded

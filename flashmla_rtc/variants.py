@@ -52,6 +52,7 @@ class Variant:
     name: unique. file: its source in the kernels folder. entry: its ``extern "C"`` symbol.
     params: the struct it takes. threads: of a thread block.
     dynamic_smem_bytes: shared memory asked for at launch.
+    cluster: neighbours along a grid's first dimension that form a cluster, where it divides that.
     element: "Bf16", "Fp16" or None. constants: (type, name, value) known at compile time.
     """
 
@@ -61,6 +62,7 @@ class Variant:
     params: ParamStruct
     threads: int
     dynamic_smem_bytes: int = 0
+    cluster: int = 1
     element: str | None = None
     constants: tuple[tuple[str, str, int], ...] = field(default=())
 
@@ -117,6 +119,7 @@ def _decode(dtype: str, rows_per_group: int, plain: bool) -> Variant:
         geometry.DECODE_PARAMS,
         geometry.DECODE_THREADS,
         geometry.DECODE_SHARED_BYTES,
+        geometry.DECODE_CLUSTER,
         {"bfloat16": "Bf16", "float16": "Fp16"}[dtype],
         (
             ("bool", "KEPT_IN_HALVES", int(geometry.kept_in_halves(dtype, rows_per_group))),

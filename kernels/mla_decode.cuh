@@ -23,9 +23,9 @@
 // there yet, P1 is given away at once, and the place of its keys gets free the sooner. With more row blocks the keys that the ring
 // has no room for yet are brought to L2 instead.
 //
-// m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum. So nobody looks for the
-// maximum of a block, but of the first: the probabilities are computed by the m that there is, and if their sums show that they
-// are too large, again, by the maximum. Then, and only then, left and right rescale their output.
+// m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum. So nobody looks for
+// the maximum of a block, but of the first: the probabilities are computed by the m that there is, and if their sums show that
+// they are too large, again, by the maximum. Then, and only then, left and right rescale their output.
 //
 // Shared memory has rings. A block's value columns are four pairs of 64 x 64 boxes, with a barrier each, so that S starts with the
 // first pair that lands; left reads two of them, right the others. The rope columns are in a ring of their own, the tails, and
@@ -34,6 +34,7 @@
 // Who reads what, and why no barrier is missing:
 //   pieces[n]           written by the K loader before piece_ready; again when all roles have arrived at piece_empty.
 //   plan_row            written before plan_ready.
+//   blocks_asked        a number that only grows; how old the answer is that a reader gets does not matter.
 //   pairs               full when the copy engine says so, or those who gather a query tile (and q_ready). Released by left or
 //                       right behind their product, for which they waited for P and so for the end of S; those of a query
 //                       tile by the scorers.
@@ -42,6 +43,8 @@
 //   page_is_valid[t], row_factor[t], rescales[t]   written before tail_full or p_ready, read before tail_empty.
 //   q                   written before q_ready, read by S; again after q_empty. Rows that no tile has are zero from the start.
 //   row_sum[n], row_reference[n]   written before sums_ready, again in a piece for which pieces[n] was written again.
+//   merges, phases, tasks   written once: the first two before merges_found, tasks before tasks_ready, when the K loader has said
+//                       that all keys are asked for (keys_asked).
 #include "mla_decode_block.cuh"
 #include "mla_decode_gather.cuh"
 #include "mla_decode_load.cuh"
@@ -238,8 +241,8 @@ __device__ __forceinline__ void start(const MlaDecodeParams& params, Shared& sha
 
 }  // namespace
 
-// Grid: (row blocks, KV heads, parts). Row blocks of a part are neighbours, so that they run in step and the second
-// finds K in L2.
+// Grid: (row blocks, KV heads, parts). Row blocks of a part are neighbours, so that they run in step and the second finds K in
+// L2. An even number of them is launched as clusters of two, which keeps two neighbours on one TPC. They share nothing else.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ MlaDecodeParams params) {
     extern __shared__ u8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -247,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     const int warp = threadIdx.x / 32;
 
     if (warp == 0) {
-        if (shared_address(&shared) != config::SHARED_BASE) __trap();
+        if ((shared_address(&shared) & SHARED_OFFSET) != config::SHARED_BASE) __trap();
         tma_prefetch_map(&params.k_map);
         tma_prefetch_map(&params.k_tail_map);
         if (config::PLAIN) tma_prefetch_map(&params.q_map);

@@ -38,6 +38,7 @@ __device__ __forceinline__ int query_rows(const MlaDecodeParams& params) {
 // Rings of shared memory. Two neighbouring boxes of values are a pair: half of what left or right reads of a block.
 constexpr int PAIR_BYTES = 2 * BOX_BYTES, PAIRS_A_BLOCK = VALUE_BOXES / 2, PAIRS = 11;
 constexpr int RING_BLOCKS = PAIRS / PAIRS_A_BLOCK + 1;  // of keys that the ring begins to hold
+constexpr int ALL_BLOCKS = 0x7FFFFFFF;                  // no more will be asked for
 constexpr int TAILS = 3;   // boxes for the rope columns of a block and then its probabilities
 constexpr int PIECES = 2;  // notes
 constexpr int Q_IN_REGISTERS = 6, Q_IN_SHARED = BOXES - Q_IN_REGISTERS;  // boxes
@@ -47,9 +48,9 @@ constexpr int SCORERS = 1, BOTH_SIDES = 3;  // named barriers (0 is __syncthread
 
 // The reference before any key: low enough that 2^(anything - m) vanishes, finite so that no inf - inf arises.
 constexpr float NO_REFERENCE = -1e30f;
-// When the sum of a thread's 16 probabilities of a row and block exceeds MOST, well inside 16-bit floats, the row's maximum becomes
-// its reference, unless the highest probability is at most 2^HEADROOM: then another row was the reason.
-constexpr float MOST = 256.0f, HEADROOM = 4.0f;
+// When the sum of a thread's 16 probabilities of a row and block exceeds MOST, well inside 16-bit floats, or is not a number, the
+// warp looks for the maxima of its rows, and rows with such a sum get theirs as reference.
+constexpr float MOST = 256.0f;
 constexpr float LN_2 = 0.693147180559945309f;
 
 // A request's pieces lie in neighbouring parts: the first is the last work of part `head`, the others the first work of

@@ -1,4 +1,5 @@
-// The producers of the decode kernel: two threads that have blocks of K and query tiles copied by the copy engine (TMA).
+// The producers of the decode kernel: a thread that has blocks of K copied by the copy engine (TMA), another for query tiles, and a
+// warp that has keys brought to L2 ahead of that.
 #pragma once
 #include "mla_decode_block.cuh"
 #include "mla_decode_merge.cuh"
@@ -74,12 +75,14 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
         }
         note += 1;
     }
+    shared.blocks_asked = ALL_BLOCKS;
     mbarrier_arrive(shared_address(&shared.keys_asked));
 }
 
-// With several row blocks the scorers hold P back and places in the ring get free late: too late for what comes from device memory,
-// but not for what is in L2. So one block of keys more than the ring has room for is brought there, by loads that nobody waits
-// for; row blocks share the work. Called by one warp.
+// With several row blocks the scorers hold P back and places in the ring get free late: too late for what comes from device
+// memory, but not for what is in L2. So one block of keys more than the ring has room for is brought there, by loads that nobody
+// waits for; row blocks share the work (of an odd number the last has no share). Lengths are looked up anew and may be others than
+// the loader saw, if somebody writes them meanwhile. Then too few blocks are brought, or too many. Called by one warp.
 __device__ __forceinline__ void bring_keys_to_l2(const MlaDecodeParams& params, Shared& shared, int lane) {
     constexpr int LINE = 64, LINES_A_ROW = HEAD_DIM / LINE;  // 128 bytes
     const int lanes_a_row = gridDim.x * 32 / KEYS;

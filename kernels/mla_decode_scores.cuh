@@ -116,8 +116,8 @@ __device__ __forceinline__ float highest_score(const float (&scores)[32], int ha
     return quad_max(fmaxf(even, odd));
 }
 
-// Writes the probabilities 2^(scale * (scores - reference)) of this warp's 16 rows to a box, for the tensor cores to read, as soon as
-// nobody needs what is there. Returns this thread's share of the sums of its two rows. Step s covers keys 16 s .. 16 s + 15.
+// Writes the probabilities 2^(scale * (scores - reference)) of this warp's 16 rows to a box, for the tensor cores to read, as soon
+// as nobody needs what is there. Returns this thread's share of the sums of its two rows. Step s covers keys 16 s .. 16 s + 15.
 __device__ __forceinline__ float2 exponentiate(const float (&scores)[32], const float (&reference)[2], float scale, u8* box,
     const u64& box_is_free, u32 turn, const Place& place) {
     const float shift[2] = {reference[0] * scale, reference[1] * scale};
@@ -181,21 +181,22 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
             pin_registers(scores);
             trace.mark(TRACE_SCORES);
             if (!every_row_sees_all) {
-                named_barrier_sync(SCORERS, WARPGROUP);  // no warp needs the keys any more
+                named_barrier_sync(SCORERS, WARPGROUP);  // no warp needs the keys any more, which are cleaned as values
                 mask_scores(scores, params, shared, pair, piece, first_row, block, valid);
             }
             pair += PAIRS_A_BLOCK;
 
             // 2. Its probabilities, by the reference so far. If they get too large for that, and in the first block, by another.
             bool rescales = false;
-            float2 share;
+            float2 share = {0.0f, 0.0f};
             for (bool looks = is_first;; looks = true) {
                 if (looks) {
                     rescales = !is_first;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const float before = reference[half], highest = highest_score(scores, half);
-                        if ((highest - before) * scale > HEADROOM) reference[half] = highest;
+                        const float most = quad_max(half == 0 ? share.x : share.y);  // a row's own, whatever its neighbours have
+                        if (is_first || most > MOST) reference[half] = fmaxf(before, highest);
                         const float factor = exp2_approx((before - reference[half]) * scale);
                         sum[half] *= factor;
                         if (place.leads_quad()) shared.row_factor[tail.at()][place.row(half)] = factor;

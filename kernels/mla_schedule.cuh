@@ -5,10 +5,10 @@
 // piece_cost for each piece (its output goes to the workspace). Any cut at all brings a merge: merge_cost, and
 // merge_longest_cost / 16 a piece of the most divided request. The finish time of a plan is its dearest part plus its merge.
 //
-// Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests). Its cuts
-// stand at equal distances on the line of costs; a warp evaluates a candidate, a lane a part, by binary search in the
-// prefix sum of costs. The cheapest of 64 candidates is written out. schedule.py holds the same arithmetic in NumPy,
-// and tests hold the two to equality.
+// Search. A candidate is (how many parts to use, how far a cut may slide to the nearest border between requests, what a request
+// counts on the line besides its blocks). Its cuts stand at equal distances on the line; a warp evaluates a candidate, a lane a
+// part, by binary search in the prefix sum of costs. The cheapest of 64 candidates is written out. schedule.py holds the same
+// arithmetic in NumPy, and tests hold the two to equality.
 #include "mla_plan.cuh"
 #include "ptx/sync.cuh"
 
@@ -55,6 +55,12 @@ __device__ int block_scan(int value, int* warp_totals, int& total) {
     return before + inclusive - value;
 }
 
+struct Candidate {
+    int parts;  // to use
+    int slack;  // how far a cut may slide
+    int count;  // what a request counts on the line besides its blocks
+};
+
 struct Planner {
     const MlaScheduleParams& params;
     const int* prefix;  // [batch + 1] cost of all requests before this one
@@ -73,48 +79,54 @@ struct Planner {
         return prefix[cut.request] + (cut.block > 0 ? params.segment_cost + UNIT * cut.block : 0);
     }
 
-    // Where cut `index` of `parts` falls when it may slide by `slack` to a border between requests.
-    __device__ Cut locate(int index, int parts, int slack) const {
+    // Where a request begins on a candidate's line.
+    __device__ __forceinline__ int on_line(const Candidate& of, int request) const {
+        return prefix[request] - request * (params.segment_cost - of.count);
+    }
+
+    // Where a candidate's cut `index` falls.
+    __device__ Cut locate(int index, const Candidate& of) const {
         if (index <= 0) return {0, 0};
-        if (index >= parts) return {params.batch, 0};
+        if (index >= of.parts) return {params.batch, 0};
         // Every part behind the first pays a segment_cost that the line does not hold, if it continues a request, as most
         // do where cuts matter. So the first part reaches that much further, and all finish together.
-        const int x = params.segment_cost + static_cast<int>(static_cast<i64>(total - params.segment_cost) * index / parts);
-        int low = 0, high = params.batch;  // the last request whose prefix is <= x
+        const int length = on_line(of, params.batch) - of.count;
+        const int x = of.count + static_cast<int>(static_cast<i64>(length) * index / of.parts);
+        int low = 0, high = params.batch;  // the last request that begins at x or before
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            if (prefix[middle] <= x) {
+            if (on_line(of, middle) <= x) {
                 low = middle;
             } else {
                 high = middle;
             }
         }
-        const int inside = x - prefix[low] - params.segment_cost;
+        const int inside = x - on_line(of, low) - of.count;
         const int block = inside > 0 ? inside / UNIT : 0;
         const int request_blocks = (prefix[low + 1] - prefix[low] - params.segment_cost) / UNIT;
-        if (UNIT * block <= slack) return {low, 0};
-        if (UNIT * (request_blocks - block) <= slack) return {low + 1, 0};
+        if (UNIT * block <= of.slack) return {low, 0};
+        if (UNIT * (request_blocks - block) <= of.slack) return {low + 1, 0};
         return {low, block};
     }
 
     // The finish time that the model gives a candidate. Called by a whole warp; every lane gets the result.
-    __device__ int evaluate(int parts, int slack) const {
+    __device__ int evaluate(const Candidate& of) const {
         const int lane = threadIdx.x % 32;
         int dearest = 0, most_pieces = 0;  // of the most divided request; 0: none is cut
         Cut carried = {0, 0};
-        for (int base = 0; base < parts; base += 32) {
+        for (int base = 0; base < of.parts; base += 32) {
             const int part = base + lane;
-            const Cut end = locate(part + 1, parts, slack);
+            const Cut end = locate(part + 1, of);
             Cut begin = {__shfl_up_sync(0xFFFFFFFF, end.request, 1), __shfl_up_sync(0xFFFFFFFF, end.block, 1)};
             if (lane == 0) begin = carried;
             carried = {__shfl_sync(0xFFFFFFFF, end.request, 31), __shfl_sync(0xFFFFFFFF, end.block, 31)};
-            if (part < parts) {
+            if (part < of.parts) {
                 int cost = position(end) - position(begin);
                 if (begin.block > 0) cost += params.segment_cost + params.piece_cost;
                 if (end.block > 0) {
                     if (begin.block == 0 || begin.request < end.request) cost += params.piece_cost;
-                    const int line = total - params.segment_cost;  // its first cut, by the rule of locate
-                    const int first = static_cast<int>(static_cast<i64>(prefix[end.request]) * parts / line) + 1;
+                    const int length = on_line(of, params.batch) - of.count;  // its first cut, by the rule of locate
+                    const int first = static_cast<int>(static_cast<i64>(on_line(of, end.request)) * of.parts / length) + 1;
                     most_pieces = max(most_pieces, part + 1 - first + 2);
                 }
                 dearest = max(dearest, cost);
@@ -144,10 +156,11 @@ struct Planner {
         const int parts = useful_parts * (18 - choice) / 16;
         return parts > 1 ? parts : 1;
     }
-    // ... and lets cuts slide by 0, 1/8, 1/4 or 1/2 of a part.
-    __device__ __forceinline__ int candidate_slack(int candidate, int parts) const {
-        const int eighths = (1 << (candidate / 16)) >> 1;
-        return total / parts / 8 * eighths;
+    // ... and lets cuts slide by 0, 1/8, 1/4 or 1/2 of a part. 1 and 15 count blocks alone, which cuts equal requests equally.
+    __device__ __forceinline__ Candidate candidate(int number, int useful_parts) const {
+        const int parts = candidate_parts(number, useful_parts), eighths = (1 << (number / 16)) >> 1;
+        const bool counts_blocks = number % 16 == 1 || number % 16 == 15;
+        return {parts, total / parts / 8 * eighths, counts_blocks ? 0 : params.segment_cost};
     }
 };
 
@@ -179,10 +192,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
 
     // 2. Every warp evaluates its share of the candidates; no part shall get less than a block.
     const int useful_parts = clamp(planner.total_blocks, 1, num_parts);
-    for (int candidate = warp; candidate < CANDIDATES && batch > 0; candidate += WARPS) {
-        const int parts = planner.candidate_parts(candidate, useful_parts);
-        const int cost = planner.evaluate(parts, planner.candidate_slack(candidate, parts));
-        if (lane == 0) shared.candidate_cost[candidate] = cost;
+    for (int number = warp; number < CANDIDATES && batch > 0; number += WARPS) {
+        const int cost = planner.evaluate(planner.candidate(number, useful_parts));
+        if (lane == 0) shared.candidate_cost[number] = cost;
     }
     __syncthreads();
     int best = 0;
@@ -191,12 +203,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
     }
 
     // 3. The cuts of the cheapest, and how many of them lie inside requests.
-    const int parts = batch > 0 ? planner.candidate_parts(best, useful_parts) : 0;
-    const int slack = batch > 0 ? planner.candidate_slack(best, parts) : 0;
+    const Candidate plan = batch > 0 ? planner.candidate(best, useful_parts) : Candidate{0, 0, 0};
+    const int parts = plan.parts;
     int inside_before = 0;
     for (int base = 0; base <= parts; base += THREADS) {
         const int index = base + thread;
-        const Cut cut = index <= parts && batch > 0 ? planner.locate(index, parts, slack) : Cut{batch, 0};
+        const Cut cut = index <= parts && batch > 0 ? planner.locate(index, plan) : Cut{batch, 0};
         int tile_inside;
         const int before = block_scan(index <= parts && cut.block > 0, shared.warp_totals, tile_inside);
         if (index <= parts) {

@@ -41,6 +41,13 @@ class Record(SimpleNamespace):
     """A struct of the driver's, with whatever fields are set."""
 
 
+class AttributeValue(Record):
+    """A union, one of whose members is a struct."""
+
+    def __init__(self) -> None:
+        super().__init__(clusterDim=Record())
+
+
 class Driver:
     """The parts of ``cuda.bindings.driver`` that are used.
 
@@ -49,9 +56,11 @@ class Driver:
 
     CUresult = CUresult
     CUstreamCaptureMode = Capture
-    CUlaunchAttribute = CUlaunchConfig = CUlaunchAttributeValue = Record
+    CUlaunchAttribute = CUlaunchConfig = Record
+    CUlaunchAttributeValue = AttributeValue
     CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="serialization"
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="serialization",
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster",
     )
     CUfunction_attribute = SimpleNamespace(
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max_dynamic_shared"
@@ -370,6 +379,18 @@ def test_every_launch_may_overlap_the_end_of_the_one_before(driver: Driver) -> N
     assert config.numAttrs == 1
     assert attribute.id == "serialization"
     assert attribute.value.programmaticStreamSerializationAllowed == 1
+
+
+@pytest.mark.parametrize("blocks, clustered", [(1, False), (2, True), (3, False), (4, True)])
+def test_neighbours_form_clusters_where_they_divide_the_grid(
+    driver: Driver, blocks: int, clustered: bool
+) -> None:
+    paired = Launcher(LoadedKernel(CUBIN, 0, 1024), PARAMS, 384, cluster=2)
+    paired.launch((blocks, 1, 5), 0, values())
+    ((config, _, _),) = driver.launches
+    dims = [a.value.clusterDim for a in config.attrs if a.id == "cluster"]
+    assert [(d.x, d.y, d.z) for d in dims] == [(2, 1, 1)] * clustered
+    assert config.numAttrs == len(config.attrs) == 1 + clustered
 
 
 def test_parameters_are_those_of_the_call(driver: Driver) -> None:

@@ -334,6 +334,19 @@ def test_as_many_equal_requests_as_parts_are_not_cut(
         assert make_plan(lengths, num_parts, model)[1].tolist() == list(range(129))
 
 
+@pytest.mark.parametrize("rows, num_parts", [(16, 132), (64, 132), (128, 66), (256, 33)])
+@pytest.mark.parametrize("batch, length", [(8, 8192), (32, 4096)])
+def test_equal_requests_are_cut_into_equal_pieces(
+    batch: int, length: int, rows: int, num_parts: int
+) -> None:
+    """No part has more blocks than another, or pieces of two requests."""
+    model = schedule.cost_model(rows, 1)
+    parts = walk(make_plan([length] * batch, num_parts, model)[0], blocks_of([length] * batch))
+    used = [part for part in parts if part]
+    each = batch * length // 64 // len(used)
+    assert all(len(part) == 1 and part[0].end - part[0].begin == each for part in used)
+
+
 def test_equal_requests_are_cut_where_that_pays() -> None:
     """Twice as many parts as requests, and requests long enough."""
     _, num_splits = make_plan([8192] * 64, 128, SIXTEEN_HEADS)

@@ -17,16 +17,22 @@ Grid = tuple[int, int, int]
 class Launcher:
     """Launches one loaded kernel.
 
+    threads: of a thread block. cluster: how many neighbours along a grid's first dimension form a
+    thread block cluster, where that divides it; elsewhere there are no clusters.
+
     Parameters are packed into a buffer of each launch; the driver copies them before ``launch``
     returns. Every launch carries the attribute of programmatic dependent launch, so the kernel may
     start while its predecessor ends: it must execute ``griddepcontrol.wait`` before it writes
     to memory or relies on what it reads.
     """
 
-    def __init__(self, kernel: LoadedKernel, params: ParamStruct, threads: int) -> None:
+    def __init__(
+        self, kernel: LoadedKernel, params: ParamStruct, threads: int, cluster: int = 1
+    ) -> None:
         self.kernel = kernel
         self.params = params
         self.threads = threads
+        self.cluster = cluster
         self._local = threading.local()
         self._driver = driver()
         self._launch = self._driver.cuLaunchKernelEx
@@ -90,5 +96,16 @@ class Launcher:
         config.sharedMemBytes = self.kernel.dynamic_smem_bytes
         config.hStream = cuda.CUstream(stream)
         config.attrs = [attribute]
-        config.numAttrs = 1
+        if self.cluster > 1 and grid[0] % self.cluster == 0:
+            config.attrs = [attribute, self._cluster_attribute()]
+        config.numAttrs = len(config.attrs)
         return config
+
+    def _cluster_attribute(self) -> Any:
+        cuda = self._driver
+        value = cuda.CUlaunchAttributeValue()
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = self.cluster, 1, 1
+        attribute = cuda.CUlaunchAttribute()
+        attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value = value
+        return attribute

@@ -41,7 +41,8 @@ __device__ __forceinline__ int load_now(const int* pointer) {
     return value;
 }
 
-// The 32-bit address that shared-memory instructions take.
+// The 32-bit address that shared-memory instructions take. In a cluster its high bits are the thread block's rank.
+constexpr u32 SHARED_OFFSET = 0x00FFFFFF;
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }

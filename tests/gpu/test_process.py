@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import python
 from problem import DEVICE, assert_same_bits, check, make
 
 import flashmla_rtc
 from flashmla_rtc import arrays, sm90, variants, workspace
 from flashmla_rtc.rtc import kernel
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-
-
-def python(code: str) -> str:
-    """What ``code`` prints in a fresh interpreter that finds the helpers of this folder."""
-    begin = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(ROOT)!r}]\n"
-    result = subprocess.run(
-        [sys.executable, "-c", begin + code],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
 
 FORK = """
 import os

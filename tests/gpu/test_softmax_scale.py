@@ -97,3 +97,26 @@ def test_scores_that_rise_or_fall_with_the_position(step: float) -> None:
     largest = 3000 * abs(step)
     lse_bound = SCORE_ERROR * largest + 2e-5
     assert_matches(problem.run(), problem.expected(), WIDE_BOUND[torch.bfloat16], lse_bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("heads_q", [16, 64, 128])
+def test_a_row_whose_maximum_jumps_changes_no_bit_of_its_neighbours(
+    heads_q: int, dtype: torch.dtype
+) -> None:
+    """One key of block 7 has a score 6 powers of two above the others, which a row's reference
+    bears. To head 5 of a second call it is 20 above them, which it does not bear.
+    """
+    calm = make([1000] * 4, heads_q=heads_q, dtype=dtype, softmax_scale=math.log(2))
+    calm.k_cache[..., 575] = 0.0
+    calm.k_cache[calm.block_table[:, 7].long(), 0, 0, 575] = 1.0
+    calm.q[..., 575] = 6.0
+    jumps = calm.but(q=calm.q.clone())
+    jumps.q[:, :, 5, 575] = 20.0
+    out, lse = jumps.run()
+    calm_out, calm_lse = calm.run()
+    assert_matches((out, lse), jumps.expected(), WIDE_BOUND[dtype], SCORE_ERROR * 40 + 1e-5)
+    others = torch.arange(heads_q, device=out.device) != 5
+    assert_same_bits(
+        (out[:, :, others], lse[:, others]), (calm_out[:, :, others], calm_lse[:, others])
+    )
