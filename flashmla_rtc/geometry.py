@@ -35,7 +35,7 @@ SCHEDULE_THREADS = 1024
 SCHEDULE_CANDIDATES = 64
 DECODE_THREADS = 512
 DECODE_CLUSTER = 2
-"""Neighbouring row blocks that are launched as a cluster, where their number is a multiple of it."""
+"""Neighbouring row blocks launched as one cluster, where their number is a multiple of it."""
 
 PLAN_COLUMNS = 8
 

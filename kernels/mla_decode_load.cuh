@@ -80,11 +80,12 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
 }
 
 // With several row blocks the scorers hold P back and places in the ring get free late: too late for what comes from device
-// memory, but not for what is in L2. So one block of keys more than the ring has room for is brought there, by loads that nobody
-// waits for; row blocks share the work (of an odd number the last has no share). Lengths are looked up anew and may be others than
-// the loader saw, if somebody writes them meanwhile. Then too few blocks are brought, or too many. Called by one warp.
+// memory, but not for what is in L2. The latest is that of a block's last pair. So the last pair of the block that the ring has no
+// room for yet is brought there, by prefetches; row blocks share the work (of an odd number the last has no share). Lengths are
+// looked up anew and may be others than the loader saw, if somebody writes them meanwhile. Then too few blocks are brought, or too
+// many. Called by one warp.
 __device__ __forceinline__ void bring_keys_to_l2(const MlaDecodeParams& params, Shared& shared, int lane) {
-    constexpr int LINE = 64, LINES_A_ROW = HEAD_DIM / LINE;  // 128 bytes
+    constexpr int LINE = 64, LINES_A_ROW = PAIR_BYTES / BOX_BYTES;  // 128 bytes, of a pair
     const int lanes_a_row = gridDim.x * 32 / KEYS;
     if (lanes_a_row == 0) return;
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
@@ -105,7 +106,7 @@ __device__ __forceinline__ void bring_keys_to_l2(const MlaDecodeParams& params, 
             const int place = here(blockIdx.x) * 32 + lane, row = place % KEYS, first = place / KEYS;
             if (first >= lanes_a_row) continue;
             const u16* line = params.k + page * params.k_stride_page + row * params.k_stride_row +
-                              blockIdx.y * params.k_stride_head + first * LINE;
+                              blockIdx.y * params.k_stride_head + HEAD_DIM_V - (LINES_A_ROW - first) * LINE;
 #pragma unroll 1
             for (int i = first; i < LINES_A_ROW; i += lanes_a_row, line += lanes_a_row * LINE) prefetch_to_l2(line);
         }

@@ -14,6 +14,9 @@
 // than before. (Readers clear that bit, so that it never changes a result.) All words of a strip are written at once, so a
 // bit for each strip of a tile says what their phase is between calls. A reader needs no flag and no fence: it looks at the
 // words until they are there.
+//
+// The words are written anew by every call, and keys that stream through L2 would have them written to device memory in
+// between, in vain. So they are the last that L2 evicts.
 #pragma once
 #include "mla_plan.cuh"
 #include "ptx/sync.cuh"
@@ -54,7 +57,7 @@ struct PieceWord {
 struct PieceWords {
     PieceWord low, high;
     __device__ __forceinline__ void store(void* to, u32 phase) const {
-        store_for_other_blocks(to, low.with(phase), high.with(phase));
+        store_for_other_blocks<L2_EVICT_LAST>(to, low.with(phase), high.with(phase));
     }
     __device__ __forceinline__ void load(const void* from, bool wanted) {
         load_from_other_blocks(low.bits, high.bits, from, wanted);

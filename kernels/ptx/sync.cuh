@@ -17,12 +17,16 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 __device__ __forceinline__ void store_for_other_blocks(void* to, u64 word) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
-// Two words. (PTX promises whole 64-bit words for v2.u64. That makes the same machine instruction, but ptxas moves all its operands
-// to the same four registers first, one store after the other.)
+// Two words, under an L2 policy. (PTX promises whole 64-bit words for v2.u64. That makes the same machine instruction, but ptxas
+// moves all its operands to the same four registers first, one store after the other.)
+template <u32 POLICY>
 __device__ __forceinline__ void store_for_other_blocks(void* to, u64 low, u64 high) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(static_cast<u32>(low)),
-                 "r"(static_cast<u32>(low >> 32)), "r"(static_cast<u32>(high)), "r"(static_cast<u32>(high >> 32))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 policy; mov.b64 policy, {0, %5};"
+        " st.relaxed.gpu.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, policy; }" ::"l"(to),
+        "r"(static_cast<u32>(low)), "r"(static_cast<u32>(low >> 32)), "r"(static_cast<u32>(high)),
+        "r"(static_cast<u32>(high >> 32)), "n"(POLICY)
+        : "memory");
 }
 __device__ __forceinline__ int load_from_other_blocks(const int* from) {
     int word;

@@ -12,10 +12,6 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// L2 policies, as createpolicy makes them: this data is read once, evict it first; or others read it soon, keep it as usual.
-// Their high words; the low ones are 0.
-constexpr u32 L2_EVICT_FIRST = 0x12F00000, L2_EVICT_NORMAL = 0x10000000;
-
 // Copy the box at coordinates (c0, c1, c2, c3, c4) to shared memory; `barrier` counts its bytes. What lies outside the
 // tensor arrives as zeros and is counted all the same.
 __device__ __forceinline__ void tma_load_5d(

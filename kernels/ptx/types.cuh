@@ -41,8 +41,14 @@ __device__ __forceinline__ int load_now(const int* pointer) {
     return value;
 }
 
-// The 32-bit address that shared-memory instructions take. In a cluster its high bits are the thread block's rank.
+// L2 policies, as createpolicy makes them: this data is read once, evict it first; others read it soon, keep it as usual; it is
+// written and read again and again, evict it last. Their high words; the low ones are 0.
+constexpr u32 L2_EVICT_FIRST = 0x12F00000, L2_EVICT_NORMAL = 0x10000000, L2_EVICT_LAST = 0x14F00000;
+
+// In a cluster the high bits of an address in shared memory are the thread block's rank.
 constexpr u32 SHARED_OFFSET = 0x00FFFFFF;
+
+// The 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
