@@ -70,16 +70,16 @@ class _Planner:
         inside = np.where(block > 0, self.model.segment + COST_UNIT * block, 0)
         return self.prefix[request] + inside
 
-    def line(self, count: int) -> np.ndarray:
-        """Where each request begins if it counts ``count`` besides its blocks; (batch + 1,)."""
-        return self.prefix - np.arange(self.batch + 1) * (self.model.segment - count)
+    def line(self, request_cost: int) -> np.ndarray:
+        """Where each request begins, if one costs ``request_cost`` and its blocks; (batch + 1,)."""
+        return self.prefix - np.arange(self.batch + 1) * (self.model.segment - request_cost)
 
-    def cuts(self, parts: int, slack: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def cuts(self, parts: int, slack: int, request_cost: int) -> tuple[np.ndarray, np.ndarray]:
         """The parts + 1 cuts as (request, block) pairs: each stands before that block."""
-        line = self.line(count)
-        x = count + (line[-1] - count) * np.arange(parts + 1, dtype=np.int64) // parts
+        line = self.line(request_cost)
+        x = request_cost + (line[-1] - request_cost) * np.arange(parts + 1, dtype=np.int64) // parts
         request = np.searchsorted(line[:-1], x, side="right") - 1
-        inside = x - line[request] - count
+        inside = x - line[request] - request_cost
         block = np.where(inside > 0, inside // COST_UNIT, 0)
         blocks = self.blocks[request]
         to_end = COST_UNIT * (blocks - block) <= slack
@@ -90,8 +90,8 @@ class _Planner:
         request[-1], block[-1] = self.batch, 0
         return request, block
 
-    def cost(self, parts: int, slack: int, count: int) -> int:
-        request, block = self.cuts(parts, slack, count)
+    def cost(self, parts: int, slack: int, request_cost: int) -> int:
+        request, block = self.cuts(parts, slack, request_cost)
         position = self.position(request, block)
         inside = block > 0
         cost = position[1:] - position[:-1]
@@ -100,8 +100,8 @@ class _Planner:
         cost = cost + np.where(new_piece, self.model.piece, 0)
         if not inside.any():
             return int(cost.max())
-        line = self.line(count)
-        first = line[request] * parts // max(int(line[-1]) - count, 1) + 1
+        line = self.line(request_cost)
+        first = line[request] * parts // max(int(line[-1]) - request_cost, 1) + 1
         most_pieces = int(np.where(inside, np.arange(parts + 1) - first + 2, 0).max())
         model = self.model
         merge = model.merge + model.merge_longest * most_pieces // 16
@@ -120,8 +120,8 @@ class _Planner:
         else:
             parts = max(self.useful_parts * (18 - choice) // 16, 1)
         eighths = (1 << (index // 16)) >> 1
-        count = 0 if choice in (1, 15) else self.model.segment
-        return parts, self.total // parts // 8 * eighths, count
+        request_cost = 0 if choice in (1, 15) else self.model.segment
+        return parts, self.total // parts // 8 * eighths, request_cost
 
     def best(self) -> tuple[int, int, int]:
         candidates = [self.candidate(i) for i in range(geometry.SCHEDULE_CANDIDATES)]

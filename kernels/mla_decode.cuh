@@ -5,8 +5,8 @@
 // A thread block works on 64 query rows of one KV head and, through its part of the plan, on runs of 64-key blocks
 // (one block = one page). Four warpgroups:
 //
-//   producers  a thread has blocks of K copied by TMA, another one query tiles; a warp finds out about merges and has keys
-//              brought to L2
+//   producers  a thread has blocks of K copied by TMA, another one query tiles; a warp finds out about merges, has keys brought
+//              to L2, and departs from the merges
 //   left       output columns   0..255
 //   right      output columns 256..511
 //   scorers    scores and probabilities of all blocks
@@ -20,8 +20,8 @@
 //
 // Softmax needs time in which the tensor cores have something else to do: the product of the block before. So the scorers hold
 // back P1 until S2 is nearly done. With one row block memory is the limit and not the tensor cores: when the keys of S2 are not
-// there yet, P1 is given away at once, and the place of its keys gets free the sooner. With more row blocks the keys that the ring
-// has no room for yet are brought to L2 instead.
+// there yet, P1 is given away at once, and the place of its keys gets free the sooner. With more row blocks the last keys of
+// the block that the ring has no room for yet are brought to L2 instead.
 //
 // m, a row's reference, is what keeps 2^(S - m) in range. Any m does that is not far below the row's maximum. So nobody looks for
 // the maximum of a block, but of the first: the probabilities are computed by the m that there is, and if their sums show that
@@ -43,8 +43,8 @@
 //   page_is_valid[t], row_factor[t], rescales[t]   written before tail_full or p_ready, read before tail_empty.
 //   q                   written before q_ready, read by S; again after q_empty. Rows that no tile has are zero from the start.
 //   row_sum[n], row_reference[n]   written before sums_ready, again in a piece for which pieces[n] was written again.
-//   merges, phases, tasks   written once: the first two before merges_found, tasks before tasks_ready, when the K loader has said
-//                       that all keys are asked for (keys_asked).
+//   merges, phases, tasks, has_orphans   written once: the first two before merges_found, the others before tasks_ready, when the K
+//                       loader has said that all keys are asked for (keys_asked).
 #include "mla_decode_block.cuh"
 #include "mla_decode_gather.cuh"
 #include "mla_decode_load.cuh"
@@ -66,8 +66,9 @@ __device__ __forceinline__ void rescale(float (&output)[128], const float* row_f
     for (int i = 0; i < 128; i++) output[i] *= factor[(i / 2) % 2];
 }
 
-// O += P V for a side's columns of one block: first those of its first pair of boxes, which is released first.
-__device__ __forceinline__ void multiply(float (&output)[128], Shared& shared, int first, int second, int tail, int lane) {
+// O += P V for a side's columns of one block. At the end of the first function those of its first pair of boxes are done, and the
+// pair is released; at the end of the second all are.
+__device__ __forceinline__ void begin_product(float (&output)[128], Shared& shared, int first, int second, int tail, int lane) {
     const u64 p = descriptor(TAILS_OFFSET) + tail * NEXT_BOX;
     const u64 low = descriptor(0) + first * NEXT_PAIR, high = descriptor(0) + second * NEXT_PAIR;
     pin_registers(output);
@@ -84,6 +85,9 @@ __device__ __forceinline__ void multiply(float (&output)[128], Shared& shared, i
     wgmma_commit();
     wgmma_wait<1>();
     arrive_as_warp(shared.pair_empty[first], lane);
+}
+
+__device__ __forceinline__ void finish_product(float (&output)[128], Shared& shared, int second, int tail, int lane) {
     wgmma_wait<0>();
     pin_registers(output);
     arrive_as_warp(shared.pair_empty[second], lane);
@@ -97,6 +101,13 @@ __device__ __forceinline__ Part part(const MlaDecodeParams& params, const Shared
 
 __device__ __forceinline__ int side_of(int thread) { return thread / WARPGROUP - 1; }
 
+// Where this warp's strip of a request's piece goes, once the merges are found.
+__device__ __forceinline__ PieceStrip strip_of(const MlaDecodeParams& params, const Shared& shared, int request) {
+    wait(shared.merges_found, 0);
+    const int end = part(params, shared).begin(request) > 0 ? FRONT : BACK;
+    return PieceStrip(params, shared, end, Place(here(threadIdx.x)), side_of(here(threadIdx.x)));
+}
+
 // Left or right: the output of all pieces.
 __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Shared& shared) {
     Trace trace(side_of(threadIdx.x), threadIdx.x % WARPGROUP == 0);
@@ -107,6 +118,7 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
         float output[128];
 #pragma unroll
         for (int i = 0; i < 128; i++) output[i] = 0.0f;
+        int low_exponents[2] = {0, 0};  // of the half of a piece's columns that is written first
         wait(shared.piece_ready[note.at()], note.turn());
         pair += Q_PAIRS;
         for (int left = shared.pieces[note.at()].last - shared.pieces[note.at()].first; left > 0; left--) {
@@ -116,19 +128,33 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
             const int at = uniform(tail.at());
             wait(shared.p_ready[at], tail.turn());
             if (shared.rescales[at][place.warp]) rescale(output, shared.row_factor[at], place);
-            multiply(output, shared, first, second, at, place.lane);
-            trace.mark(TRACE_OUTPUT);
+            begin_product(output, shared, first, second, at, place.lane);
             pair += PAIRS_A_BLOCK;
             tail += 1;
+            if (left == 1 && part(params, shared).is_partial(request)) {  // half of a piece is written beside its last products
+                pin_registers<0, 64>(output);
+                const PieceStrip strip = strip_of(params, shared, request);
+                if (strip.exists) write_columns<0>(strip, output, low_exponents, place.lane);
+                finish_product(output, shared, second, at, place.lane);
+                trace.mark(TRACE_OUTPUT);
+                break;
+            }
+            finish_product(output, shared, second, at, place.lane);
+            trace.mark(TRACE_OUTPUT);
         }
         wait(shared.sums_ready[note.at()], note.turn());
         trace.mark(TRACE_SUMS);
         const int places = here(pair.steps | tail.steps << 8 | note.steps << 16);  // one register while the output is written
         if (part(params, shared).is_partial(request)) {
-            wait(shared.merges_found, 0);
-            const int end = part(params, shared).begin(request) > 0 ? FRONT : BACK;
-            const RowSums sums(shared, Ring<PIECES>(places >> 16).at());
-            write_partial(params, shared, end, output, sums, Place(here(threadIdx.x)), side_of(here(threadIdx.x)));
+            const Place place(here(threadIdx.x));
+            const PieceStrip strip = strip_of(params, shared, request);
+            if (strip.exists) {
+                const int at = Ring<PIECES>(places >> 16).at();
+                int high_exponents[2];
+                if (shared.pieces[at].last == shared.pieces[at].first) clear_columns(strip, place.lane);
+                write_columns<1>(strip, output, high_exponents, place.lane);
+                write_weights(params, strip, RowSums(shared, at), low_exponents, high_exponents, place);
+            }
         } else {
             const RowSums sums(shared, Ring<PIECES>(places >> 16).at());
             write_output(params, output, sums, Place(here(threadIdx.x)), side_of(here(threadIdx.x)), request);
@@ -142,27 +168,19 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
     }
 }
 
-// Left and right merge the request that the part ends with a piece of, and depart from the merges that it has pieces in.
+// Left and right merge the request that the part ends with a piece of, and what was left for this thread block.
 __device__ __forceinline__ void finish_part(const MlaDecodeParams& params, Shared& shared) {
     const Part at_first = part(params, shared);
-    if (at_first.first_request > at_first.last_request || (at_first.begin_block == 0 && !at_first.end_is_cut)) return;
+    if (!at_first.has_pieces()) return;
     Trace trace(TRACE_MERGING + threadIdx.x / WARPGROUP - 1, threadIdx.x % WARPGROUP == 0);
     wait(shared.tasks_ready, 0);
     const int consumer = here(threadIdx.x) - WARPGROUP, warp = uniform(consumer / 32), lane = consumer % 32;
     const int last = last_end(at_first);
-    u32 of_other = OTHERS_DEPART, of_last = OTHERS_DEPART;  // what departing from the merge at the other end said, and at the last
-    const Merge& other = shared.merges[1 - last];
-    if (consumer == 0 && other.pieces > 0) of_other = depart(params, other, false);
-    if (shared.merges[last].pieces > 0) of_last = merge_share(params, shared, last, at_first.last_request, warp, lane, trace);
+    int alone = -1;
+    if (shared.merges[last].pieces > 0) alone = merge_share(params, shared, last, at_first.last_request, warp, lane, trace);
     trace.mark(TRACE_WRITTEN);
-#pragma unroll 1
-    for (int i = 0; i < 2; i++) {
-        const u32 said = __shfl_sync(0xFFFFFFFF, i == 0 ? of_other : of_last, 0);
-        if (said == OTHERS_DEPART) continue;
-        const Part at_end = part(params, shared);
-        const int end = last_end(at_end) ^ 1 ^ i;
-        conclude(params, shared, end, end == FRONT ? at_end.first_request : at_end.last_request, said, here(threadIdx.x) % 32);
-    }
+    const bool takes_over = here(warp) == 0 && (shared.has_orphans[FRONT] || shared.has_orphans[BACK]);
+    if (alone >= 0 || takes_over) merge_rest(params, shared, part(params, shared), alone, takes_over, here(threadIdx.x) % 32);
 }
 
 // Called by one warp: its lanes share the work.
@@ -254,7 +272,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         tma_prefetch_map(&params.k_map);
         tma_prefetch_map(&params.k_tail_map);
         if (config::PLAIN) tma_prefetch_map(&params.q_map);
-        shared.done = 0;
         shared.blocks_asked = 0;
         init_barriers(shared, threadIdx.x);
     } else if (warp == 1) {
@@ -274,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
             find_merge(params, shared, FRONT, first_row);
             find_merge(params, shared, BACK, first_row);
             bring_keys_to_l2(params, shared, here(threadIdx.x) % 32);
-            claim_tasks(params, shared, here(threadIdx.x) % 32);
+            depart(params, shared, here(threadIdx.x) % 32);
         } else if constexpr (config::PLAIN) {
             if (warp == 2 && elect_lane()) produce_q(params, shared);
         } else {

@@ -13,6 +13,8 @@ namespace {
 __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared& shared) {
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
     Trace trace(TRACE_LOADER, true);
+    // Keys that are read once shall not drive pieces out of L2. Row blocks share K through L2.
+    const u32 policy = gridDim.x == 1 && part().has_pieces() ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
@@ -40,7 +42,6 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
             // the second and third block are asked for as the one before lands, later ones when two before them are done with. With
             // more row blocks the second waits for the first, and the ring holds back the others.
             const bool is_paced = gridDim.x == 1;
-            const u32 policy = is_paced ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // row blocks share K through L2
             auto load = [&](u8* boxes, const TensorMap& map, u32 full, int run) {
                 tma_load_5d(shared_address(boxes), &map, full, 0, 0, run, blockIdx.y, coordinate, policy);
             };

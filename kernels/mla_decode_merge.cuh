@@ -4,10 +4,12 @@
 // they are written (mla_decode_partial.cuh), adds them up (mla_decode_pieces.cuh), and writes the result. (A last piece after
 // which its part goes on with other requests is left for the others.)
 //
-// The thread blocks of a grid are on the device together as a rule, but nothing promises it. So nobody waits for ever: a
-// helper that loses patience leaves its task behind. Every part that has a piece departs at the end; the last to depart knows
-// that all pieces are written or about to be, and merges what was left behind (in another order of additions: the last bits
-// may differ then).
+// Every part that has a piece departs from the merge, long before that: when it has asked for all its keys and knows its share and
+// what it has to know of the pieces. The last to depart leaves everything as the next call expects it.
+//
+// The thread blocks of a grid are on the device together as a rule, but nothing promises it. So nobody waits for ever, unless all
+// have departed, which says that all pieces are written or about to be: a helper that loses patience before that leaves its
+// task to the last to depart (who adds in another order: the last bits may differ then).
 #pragma once
 #include "mla_decode_block.cuh"
 #include "mla_decode_partial.cuh"
@@ -22,20 +24,31 @@ namespace {
 constexpr int TEAM_PIECES = 10;  // from so many pieces on, the warps of a thread block share a task
 static_assert(TILE_STRIPS <= CONSUMER_WARPS && TILE_STRIPS < TEAM_PIECES, "a worker for every strip: one task a worker will do");
 
+constexpr int ORPHAN_WORDS = 4;  // at most 128 tasks
+
 // What is kept of a tile from call to call. Zero at first.
 struct MergeState {
     u32 phases;  // bit s: the phase of strip s
     // Of the merge whose first piece has the tile; zero between calls.
-    u32 departures;  // low half: all; high half: those that left tasks behind
-    u32 orphans[4];  // the tasks that were left behind
-    u32 claims;      // thread blocks that have a share of the merge
-    u32 reserved;
+    u32 departures;  // the parts that departed, CLAIM times those of them that have a share, and perhaps TASKS_LEFT
+    u32 orphans[ORPHAN_WORDS];  // the tasks that were left behind, a bit each
+    u32 reserved[2];
+    static constexpr u32 CLAIM = 1 << 12, TASKS_LEFT = 1u << 31;
+    __device__ __forceinline__ static int departed(u32 departures) { return departures % CLAIM; }
+    __device__ __forceinline__ static int claimed(u32 departures) { return departures / CLAIM % CLAIM; }
     __device__ __forceinline__ static MergeState& of(const MlaDecodeParams& params, int slot) {
         return static_cast<MergeState*>(params.merge_states)[merge_tile(slot)];
     }
-    __device__ __forceinline__ void leave_behind(int task) {
-        atomic_or(&orphans[task / 32], 1u << task % 32);
-        memory_fence();  // known before the departure is
+    // Leaves a task to the last of `pieces` parts to depart. False: that one departed before, so whoever has the task keeps it.
+    __device__ __forceinline__ bool leave_behind(int task, int pieces) {
+        u32* const word = &orphans[task / 32];
+        const u32 bit = 1u << task % 32;
+        atomic_or(word, bit);
+        memory_fence();  // who finds TASKS_LEFT finds the task
+        const int before = departed(atomic_or(&departures, TASKS_LEFT));
+        if (before > 0 && before < pieces) return true;
+        if (before == 0) atomic_and(&departures, ~TASKS_LEFT);  // cleared already, for the next call
+        return (atomic_and(word, ~bit) & bit) == 0;             // or it was found with others
     }
 };
 static_assert(sizeof(MergeState) == config::TILE_STATE_BYTES, "the host allocates this much a tile");
@@ -76,7 +89,7 @@ __device__ __forceinline__ void find_merge(const MlaDecodeParams& params, Shared
             merge.team = pieces >= TEAM_PIECES;
             const int workers = (pieces - goes_on) * (merge.team ? 1 : CONSUMER_WARPS);
             merge.lines = merge.strips <= 4 ? 1 : 2;  // at most 128 tasks
-            merge.log2_tasks = __ffs(LINES_A_STRIP / merge.lines) - 1;
+            merge.log2_tasks = __ffs(STRIP_LINES / merge.lines) - 1;
             while (merge.tasks() > workers) {
                 merge.lines *= 2;
                 merge.log2_tasks--;
@@ -101,25 +114,45 @@ __device__ __forceinline__ MergeTask merge_task(const MlaDecodeParams& params, c
     const int lines = number * merge.lines * 32, at = strip * STRIP_SIZE + lines;
     const int first = piece_strips_at(params, piece_slot(merge.head, gridDim.z, true)) + at;
     const int later = piece_strips_at(params, piece_slot(merge.head, gridDim.z, false)) + at;
-    return {task, strip, number, first, later, LINES_A_STRIP * 32 - lines};
+    return {task, strip, number, first, later, STRIP_LINES * 32 - lines};
 }
 
-// The tasks of this thread block in the merge of the request that it ends with. Whoever is nearly done first gets the first. Called
-// by one warp when all keys have been asked for.
-__device__ __forceinline__ void claim_tasks(const MlaDecodeParams& params, Shared& shared, int lane) {
+// The last part to depart from a merge leaves its state as the next call expects it. Called by a warp.
+__device__ __forceinline__ void conclude(const MlaDecodeParams& params, const Shared& shared, int end, int lane) {
+    const Merge& merge = shared.merges[end];
+    const int head = piece_slot(merge.head, gridDim.z, true), after = piece_slot(merge.head, gridDim.z, false);
+    if (lane == 0) atomic_and(&MergeState::of(params, head).departures, 0);
+#pragma unroll 1
+    for (int piece = lane; piece < merge.pieces; piece += 32) {
+        MergeState::of(params, piece == 0 ? head : after + piece).phases = shared.phases[end][piece] ^ ((1u << merge.strips) - 1);
+    }
+}
+
+// Departs from the merges that the part has pieces in, and finds the tasks of this thread block in the merge of the request that it
+// ends with: whoever departs first gets the first. Called by one warp.
+__device__ __forceinline__ void depart(const MlaDecodeParams& params, Shared& shared, int lane) {
     const Part part(shared.plan_row, gridDim.z, params.batch);
-    if (part.first_request > part.last_request || (part.begin_block == 0 && !part.end_is_cut)) return;
+    if (!part.has_pieces()) return;
     wait(shared.merges_found, 0);
     wait(shared.keys_asked, 0);
-    const Merge& merge = shared.merges[last_end(part)];
-    if (merge.pieces > 0) {
-        int share = 0;
-        if (lane == 0) share = atomic_add(&MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).claims, 1);
-        share = uniform(share);
-        if (lane < CONSUMER_WARPS) {
-            const int task = merge.team ? share : share * CONSUMER_WARPS + lane;
-            shared.tasks[lane] = task < merge.tasks() ? merge_task(params, merge, task) : MergeTask{-1, 0, 0, 0, 0, 0};
+#pragma unroll 1
+    for (int end = FRONT; end <= BACK; end++) {
+        const Merge& merge = shared.merges[end];
+        u32 before = 0;
+        bool is_last = false;
+        if (merge.pieces > 0) {
+            const bool helps = end == last_end(part);
+            u32* const departures = &MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).departures;
+            if (lane == 0) before = atomic_add(departures, 1 + (helps ? MergeState::CLAIM : 0));
+            before = uniform(before);
+            is_last = MergeState::departed(before) + 1 == merge.pieces;
+            if (helps && lane < CONSUMER_WARPS) {
+                const int share = MergeState::claimed(before), task = merge.team ? share : share * CONSUMER_WARPS + lane;
+                shared.tasks[lane] = task < merge.tasks() ? merge_task(params, merge, task) : MergeTask{-1, 0, 0, 0, 0, 0};
+            }
         }
+        if (lane == 0) shared.has_orphans[end] = is_last && before >= MergeState::TASKS_LEFT;
+        if (is_last) conclude(params, shared, end, lane);
     }
     arrive_as_warp(shared.tasks_ready, lane);
 }
@@ -212,26 +245,10 @@ __device__ __forceinline__ PieceSum<1> add_team(const Team& team, int group, int
     return total;
 }
 
-// Says that this thread block needs nothing of a merge any more. Returns, for conclude(), how many have said so before, and in the
-// high half what is not 0 if tasks were left behind.
-__device__ __forceinline__ u32 depart(const MlaDecodeParams& params, const Merge& merge, bool left_task) {
-    if (left_task) memory_fence();  // what another warp left behind is known before its departure is
-    const u32 left = left_task << 16;
-    return atomic_add(&MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).departures, 1 + left) + left;
-}
-constexpr u32 OTHERS_DEPART = 0xFFFFFFFF;
-
-// The same for one warp, by its first lane; the last warp of the thread block departs.
-__device__ __forceinline__ u32 warp_departs(const MlaDecodeParams& params, Shared& shared, const Merge& merge, bool left_task) {
-    const u32 done = atomicAdd(&shared.done, 1 + (left_task << 16)) + (left_task << 16);
-    return (done & 0xFFFF) + 1 == CONSUMER_WARPS ? depart(params, merge, done >> 16 != 0) : OTHERS_DEPART;
-}
-
-// Adds the pieces of a task that are this warp's, and writes the result or leaves it to the team. `fetched` is called when all
-// have been added.
-template <int LINES, int LOADS, class Fetched>
+// Adds the pieces of a task that are this warp's, and writes the result or leaves it to the team.
+template <int LINES, int LOADS>
 __device__ __forceinline__ bool merge_lines(const MlaDecodeParams& params, Team& team, const Merge& merge, const TaskPieces& from,
-    MergedRows& rows, int request, const MergeTask& task, int warp, int lane, Fetched fetched) {
+    MergedRows& rows, int request, const MergeTask& task, int warp, int lane) {
 #pragma unroll 1
     for (int line = 0; line < uniform(merge.lines); line += LINES) {
         PieceSum<GROUPS_A_LINE * LINES> total;
@@ -253,94 +270,74 @@ __device__ __forceinline__ bool merge_lines(const MlaDecodeParams& params, Team&
             }
             team.weights[warp][lane] = {total.largest[0], total.largest[1], total.sum[0], total.sum[1]};
         } else {
-            if (line + LINES >= merge.lines) fetched();
             rows.write(params, total, line * GROUPS_A_LINE, min(LINES, merge.lines) * GROUPS_A_LINE);
         }
     }
     return true;
 }
 
-// Called by every consumer warp when its part ends with a piece of a request: does its task in the merge. The thread block departs
-// before the results are written: the answer takes as long. Returns what depart() does, to the first lane of one warp.
-__device__ __forceinline__ u32 merge_share(
+// Called by every consumer warp when its part ends with a piece of a request: does its task in the merge, or leaves it behind.
+// Returns the task that it could not leave and has to do alone, or a negative number.
+__device__ __forceinline__ int merge_share(
     const MlaDecodeParams& params, Shared& shared, int end, int request, int warp, int lane, Trace& trace) {
     const Merge& merge = shared.merges[end];
     Team& team = reinterpret_cast<Team&>(shared.pairs);  // both sides are done with keys
     const MergeTask& task = shared.tasks[merge.team ? 0 : warp];
-    u32 before = OTHERS_DEPART;
-    const auto warp_is_done = [&](bool left_task) {
-        if (lane == 0) before = warp_departs(params, shared, merge, left_task);
-    };
-    if (uniform(task.task) < 0) {
-        warp_is_done(false);
-        return before;
-    }
-    const auto fetched = [&] { warp_is_done(false); };
+    if (uniform(task.task) < 0) return -1;
     const TaskPieces from(params, shared, end, merge, task);
     MergedRows rows;
     // As many loads at once as there are registers for.
-    bool complete = merge.lines <= 2   ? merge_lines<2, 8>(params, team, merge, from, rows, request, task, warp, lane, fetched)
-                    : merge.lines == 4 ? merge_lines<4, 4>(params, team, merge, from, rows, request, task, warp, lane, fetched)
-                                       : merge_lines<8, 2>(params, team, merge, from, rows, request, task, warp, lane, fetched);
+    bool complete = merge.lines <= 2   ? merge_lines<2, 8>(params, team, merge, from, rows, request, task, warp, lane)
+                    : merge.lines == 4 ? merge_lines<4, 4>(params, team, merge, from, rows, request, task, warp, lane)
+                                       : merge_lines<8, 2>(params, team, merge, from, rows, request, task, warp, lane);
     trace.mark(TRACE_FETCHED);
     if (merge.team) {
         if (lane == 0) team.complete[here(warp)] = complete;
         named_barrier_sync(BOTH_SIDES, 2 * WARPGROUP);
         complete = __all_sync(0xFFFFFFFF, team.complete[here(lane) % CONSUMER_WARPS]);
         if (complete) {
-            warp_is_done(false);
 #pragma unroll 1
             for (int group = here(warp); group < merge.lines * GROUPS_A_LINE; group += CONSUMER_WARPS) {
                 rows.write(params, add_team(team, group, lane), group, 1);
             }
         }
     }
-    if (!complete) {
-        const bool leaves = !(merge.team && warp > 0);
-        if (lane == 0 && leaves) MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).leave_behind(task.task);
-        warp_is_done(leaves);
+    if (complete || (merge.team && warp > 0)) return -1;
+    bool is_left = false;
+    if (lane == 0) {
+        MergeState& state = MergeState::of(params, piece_slot(merge.head, gridDim.z, true));
+        is_left = state.leave_behind(task.task, merge.pieces);
     }
-    return before;
+    return __any_sync(0xFFFFFFFF, is_left) ? -1 : uniform(task.task);
 }
 
-// A task that was left behind, by one warp.
-__device__ __forceinline__ void merge_orphan(
-    const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, int request, int number, int lane) {
-    const MergeTask task = merge_task(params, merge, number);
-    const TaskPieces from(params, shared, end, merge, task);
-    const MergedRows rows(params, merge, request, task.strip, task.number, lane);
+// Tasks for which one warp waits until all pieces are written: `alone`, if it is not negative, of the merge at the part's end, and,
+// where it `takes_over`, what others left behind in merges from which this thread block departed last.
+__device__ __forceinline__ void merge_rest(
+    const MlaDecodeParams& params, const Shared& shared, const Part& part, int alone, bool takes_over, int lane) {
+    memory_fence();  // who departed last knows that tasks were left behind, and now which
 #pragma unroll 1
-    for (int line = 0; line < merge.lines; line++) {
-        PieceSum<GROUPS_A_LINE> total;
-        add_pieces<1, 1>(total, from, 0, 0, merge.pieces, line, FOR_EVER, lane, [] {});
-        rows.write(params, total, line * GROUPS_A_LINE, GROUPS_A_LINE);
-    }
-}
-
-// Called by one warp when its thread block has departed from a merge, with what depart() said. The last of all merges what was left
-// behind, and leaves everything as the next call expects it.
-__device__ __forceinline__ void conclude(
-    const MlaDecodeParams& params, const Shared& shared, int end, int request, u32 before, int lane) {
-    const Merge& merge = shared.merges[end];
-    if ((before & 0xFFFF) + 1 != merge.pieces) return;
-    const int head = piece_slot(merge.head, gridDim.z, true), after = piece_slot(merge.head, gridDim.z, false);
-    MergeState& state = MergeState::of(params, head);
-    if (before >> 16 != 0) memory_fence();  // what was left behind before others departed is known now
-#pragma unroll 1
-    for (int word = 0; word < 4 && before >> 16 != 0; word++) {
-        u32 tasks = lane == 0 ? atomic_or(&state.orphans[word], 0) : 0;
-        __syncwarp();
-        tasks = __shfl_sync(0xFFFFFFFF, tasks, 0);
-        if (tasks == 0) continue;
-        if (lane == 0) state.orphans[word] = 0;
-        for (; tasks != 0; tasks &= tasks - 1) {
-            merge_orphan(params, shared, end, merge, request, word * 32 + __ffs(tasks) - 1, lane);
+    for (int i = 0; i < 2 * ORPHAN_WORDS; i++) {
+        const int end = i / ORPHAN_WORDS, word = i % ORPHAN_WORDS;
+        const Merge& merge = shared.merges[end];
+        const int request = end == FRONT ? part.first_request : part.last_request;
+        u32 tasks = 0;
+        if (lane == 0 && takes_over && shared.has_orphans[end]) {
+            tasks = atomic_and(&MergeState::of(params, piece_slot(merge.head, gridDim.z, true)).orphans[word], 0);
         }
-    }
-    if (lane == 0) state.departures = 0, state.claims = 0;
+        tasks = uniform(tasks);
+        if (alone >= 0 && alone / 32 == word && end == last_end(part)) tasks |= 1u << alone % 32;
+        for (; tasks != 0; tasks &= tasks - 1) {
+            const MergeTask task = merge_task(params, merge, word * 32 + __ffs(tasks) - 1);
+            const TaskPieces from(params, shared, end, merge, task);
+            const MergedRows rows(params, merge, request, task.strip, task.number, lane);
 #pragma unroll 1
-    for (int piece = lane; piece < merge.pieces; piece += 32) {
-        MergeState::of(params, piece == 0 ? head : after + piece).phases = shared.phases[end][piece] ^ ((1u << merge.strips) - 1);
+            for (int line = 0; line < merge.lines; line++) {
+                PieceSum<GROUPS_A_LINE> total;
+                add_pieces<1, 1>(total, from, 0, 0, merge.pieces, line, FOR_EVER, lane, [] {});
+                rows.write(params, total, line * GROUPS_A_LINE, GROUPS_A_LINE);
+            }
+        }
     }
 }
 

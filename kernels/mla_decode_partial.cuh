@@ -6,12 +6,12 @@
 // neighbouring pieces lie side by side, and no strip is kept that has no rows.
 //
 // Few rows are kept in float32: a group a line, no arithmetic. Full tiles for results in bf16 are kept in fp16 (11 bits
-// against 8), two groups a line, each row with the power of two that brings its largest number near the largest of fp16:
-// what L2 moves halves. That is for config::KEPT_IN_HALVES to say: all thread blocks of a call do the same, and code that
-// does not run still costs time to skip.
+// against 8), two groups a line: what L2 moves halves. Each row has a power of two for each half of the strip's columns, which
+// brings the sum of its numbers there near the largest of fp16. That is for config::KEPT_IN_HALVES to say: all thread blocks of
+// a call do the same, and code that does not run still costs time to skip.
 //
 // Every 64-bit word of the workspace says itself whether it has been written: its lowest bit, the word's phase, is another
-// than before. (Readers clear that bit, so that it never changes a result.) All words of a strip are written at once, so a
+// than before. (Readers clear that bit, so that it never changes a result.) A call writes all words of a strip or none, so a
 // bit for each strip of a tile says what their phase is between calls. A reader needs no flag and no fence: it looks at the
 // words until they are there.
 //
@@ -28,14 +28,14 @@ constexpr int STRIP_ROWS = 16;
 constexpr int STRIP_GROUPS = 32;
 constexpr int GROUP_COLUMNS = 8;
 constexpr int TILE_STRIPS = 8;           // 4 warps, 2 sides: strip = warp * 2 + side
-constexpr int WEIGHTS = STRIP_ROWS / 2;  // of rows r and r + 8, 32 bytes each
+constexpr int WEIGHTS = STRIP_ROWS / 2;  // of rows r and r + 8, 32 bytes each: what sums are relative to, sums, what numbers are
 
 __device__ __forceinline__ int strips_a_tile(const MlaDecodeParams& params) {
     return min((params.rows_per_group + STRIP_ROWS - 1) / STRIP_ROWS * 2, TILE_STRIPS);
 }
 constexpr int GROUPS_A_LINE = config::KEPT_IN_HALVES ? 2 : 1;
-constexpr int LINES_A_STRIP = STRIP_GROUPS / GROUPS_A_LINE;
-constexpr int STRIP_SIZE = LINES_A_STRIP * 32 + 2 * WEIGHTS;  // in 16 bytes
+constexpr int STRIP_LINES = STRIP_GROUPS / GROUPS_A_LINE;
+constexpr int STRIP_SIZE = STRIP_LINES * 32 + 2 * WEIGHTS;  // in 16 bytes
 
 // A word: two numbers, or four halves.
 struct PieceWord {
@@ -84,9 +84,10 @@ __device__ __forceinline__ PieceWords* piece_strips(const MlaDecodeParams& param
     return static_cast<PieceWords*>(params.partials) + piece_strips_at(params, slot);
 }
 
-// The power of two that brings numbers of at most `largest` into fp16's range, near its upper end.
-__device__ __forceinline__ int exponent_for_halves(float largest) {
-    return clamp(127 + 14 - static_cast<int>(__float_as_uint(largest) >> 23), -112, 112);
+// The power of two that brings numbers of at most `bound` into fp16's range, near its upper end. If some number is NaN, the bound
+// is, and the others are not to suffer: they are taken to be of usual size.
+__device__ __forceinline__ int exponent_for_halves(float bound) {
+    return bound == bound ? clamp(127 + 14 - static_cast<int>(__float_as_uint(bound) >> 23), -112, 112) : 0;
 }
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
 

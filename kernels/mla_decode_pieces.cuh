@@ -20,12 +20,14 @@ struct TaskPieces {
     const PieceWords *first, *later;  // the task's lines of piece 0; of piece p they lie p tiles behind `later`
     const u8* phases;                 // of the pieces
     int tile, weights, strip;         // in 16 bytes: from piece to piece, from the task's lines to the strip's weights
+    int number;                       // of the strip's lines, the task's first
     bool is_single;                   // of one line
     __device__ __forceinline__ TaskPieces(
         const MlaDecodeParams& params, const Shared& shared, int end, const Merge& merge, const MergeTask& task)
         : first(static_cast<const PieceWords*>(params.partials) + task.first),
           later(static_cast<const PieceWords*>(params.partials) + task.later), phases(shared.phases[end]),
-          tile(strips_a_tile(params) * STRIP_SIZE), weights(task.weights), strip(task.strip), is_single(merge.lines == 1) {}
+          tile(strips_a_tile(params) * STRIP_SIZE), weights(task.weights), strip(task.strip),
+          number(task.number * merge.lines), is_single(merge.lines == 1) {}
     __device__ __forceinline__ const PieceWords* piece(int number) const { return number == 0 ? first : later + number * tile; }
 };
 
@@ -74,9 +76,10 @@ struct PieceLines {
     }
     // Of one line only, if `is_single`. Strips that are not in halves are kept relative to the same as their sums.
     __device__ __forceinline__ void load(
-        const PieceWords* lines_at, const PieceWords* weights_at, bool is_single, bool wanted) {
+        const PieceWords* lines_at, const PieceWords* weights_at, int half, bool is_single, bool wanted) {
         load_from_other_blocks(relative_to.bits, sum.bits, weights_at, wanted);
-        load_from_other_blocks(kept_relative_to.bits, weights_at + 1, wanted && config::KEPT_IN_HALVES);
+        const PieceWord* const kept_at = &weights_at[1].low + half;
+        load_from_other_blocks(kept_relative_to.bits, kept_at, wanted && config::KEPT_IN_HALVES);
 #pragma unroll
         for (int l = 0; l < LINES; l++) lines[l].load(lines_at + l * 32, wanted && (l == 0 || !is_single));
     }
@@ -127,6 +130,7 @@ template <int LINES, int LOADS, class Meanwhile>
 __device__ __forceinline__ bool add_pieces(PieceSum<GROUPS_A_LINE * LINES>& total, const TaskPieces& from, int first, int step,
     int pieces, int line, u32 patience, int lane, Meanwhile meanwhile) {
     const int lines_at = line * 32 + lane, weights_at = from.weights + lane / 4 * 2;
+    const int half = (from.number + line) / (STRIP_LINES / 2);  // of the strip's columns
 #pragma unroll 1
     for (int base = first; base < pieces; base += LOADS << step) {
         const int count = min(((pieces - base - 1) >> step) + 1, LOADS);
@@ -138,7 +142,7 @@ __device__ __forceinline__ bool add_pieces(PieceSum<GROUPS_A_LINE * LINES>& tota
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 const PieceWords* const at = from.piece(base + (i << step));
-                piece[i].load(at + lines_at, at + weights_at, LINES == 2 && from.is_single, missing >> i & 1);
+                piece[i].load(at + lines_at, at + weights_at, half, LINES == 2 && from.is_single, missing >> i & 1);
             }
             if (looks == 0 && base == first) meanwhile();
             u32 unwritten = 0;

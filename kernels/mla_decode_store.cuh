@@ -25,22 +25,11 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int lane) {
     }
 }
 
-// The largest of a row's numbers, of which the lanes of a quad have a part each.
-__device__ __forceinline__ float largest_of_row(const float (&output)[128], int half) {
-    float even = 0.0f, odd = 0.0f;  // two chains, since each waits for itself
-#pragma unroll
-    for (int i = half * 2; i < 128; i += 4) {
-        even = fmaxf(even, fabsf(output[i]));
-        odd = fmaxf(odd, fabsf(output[i + 1]));
-    }
-    return quad_max(fmaxf(even, odd));
-}
-
 // The scorers' account of a piece: of this thread's two rows.
 struct RowSums {
     float reference[2], sum[2];
     __device__ __forceinline__ RowSums(const Shared& shared, int note) {
-        const Place place(here(threadIdx.x));
+        const Place place(thread_here());
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             reference[half] = shared.row_reference[note][place.row(half)];
@@ -49,50 +38,85 @@ struct RowSums {
     }
 };
 
-// A piece of a cut request, for the merge: the accumulators as they are, or in halves, and what they are relative to.
-__device__ __forceinline__ void write_partial(const MlaDecodeParams& params, const Shared& shared, int end,
-    const float (&output)[128], const RowSums& rows, const Place& place, int side) {
-    const int strip = place.warp * 2 + side, slot = piece_slot(blockIdx.z, gridDim.z, end == BACK);
-    const Merge& merge = shared.merges[end];
-    if (strip >= merge.strips) return;
-    const u32 phase = (shared.phases[end][merge.piece] >> strip & 1) ^ 1;
-    PieceWords* const to = piece_strips(params, slot) + strip * STRIP_SIZE + place.lane;
-    float relative_to[2], kept_relative_to[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        relative_to[half] = rows.sum[half] == 0.0f ? NO_REFERENCE : rows.reference[half] * params.scale_log2;
-        kept_relative_to[half] = relative_to[half];
+// Where a warp's strip of a piece goes, for the merge. Not all strips have rows.
+struct PieceStrip {
+    PieceWords* at;
+    u32 phase;
+    bool exists;
+    __device__ __forceinline__ PieceStrip(
+        const MlaDecodeParams& params, const Shared& shared, int end, const Place& place, int side) {
+        const int strip = place.warp * 2 + side;
+        const Merge& merge = shared.merges[end];
+        exists = strip < merge.strips;
+        phase = (shared.phases[end][merge.piece] >> strip & 1) ^ 1;
+        at = piece_strips(params, piece_slot(blockIdx.z, gridDim.z, end == BACK)) + strip * STRIP_SIZE;
     }
+};
+
+// Half of a strip's columns: the accumulators as they are, or in halves, each row with the power of two that brings the sum of its
+// numbers here near the largest of fp16. Its exponents are returned. (A sum takes less time to find than the largest number, and is
+// not so much larger that small numbers suffer.)
+template <int HALF>
+__device__ __forceinline__ void write_columns(
+    const PieceStrip& strip, const float (&output)[128], int (&exponents)[2], int lane) {
+    PieceWords* const to = strip.at + lane;
+    constexpr int FIRST = HALF * (STRIP_LINES / 2), END = FIRST + STRIP_LINES / 2;
     if constexpr (config::KEPT_IN_HALVES) {
         float factor[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int exponent = exponent_for_halves(largest_of_row(output, half));
-            factor[half] = power_of_two(exponent);
-            kept_relative_to[half] -= exponent;
+        for (int row = 0; row < 2; row++) {
+            float sum[2] = {0.0f, 0.0f};  // two chains, since each waits for itself
+#pragma unroll
+            for (int i = FIRST * 8 + row * 2; i < END * 8; i += 4) {
+                sum[0] += fabsf(output[i]);
+                sum[1] += fabsf(output[i + 1]);
+            }
+            exponents[row] = exponent_for_halves(quad_sum(sum[0] + sum[1]));
+            factor[row] = power_of_two(exponents[row]);
         }
 #pragma unroll
-        for (int line = 0; line < STRIP_GROUPS / 2; line++) {
+        for (int line = FIRST; line < END; line++) {
             const float* o = output + line * 8;
             const PieceWords words = {
                 {pack2<Fp16>(o[0] * factor[0], o[1] * factor[0]), pack2<Fp16>(o[2] * factor[1], o[3] * factor[1])},
                 {pack2<Fp16>(o[4] * factor[0], o[5] * factor[0]), pack2<Fp16>(o[6] * factor[1], o[7] * factor[1])}};
-            words.store(to + line * 32, phase);
+            words.store(to + line * 32, strip.phase);
         }
     } else {
 #pragma unroll
-        for (int line = 0; line < STRIP_GROUPS; line++) {
+        for (int line = FIRST; line < END; line++) {
             const float* o = output + line * 4;
             const PieceWords words = {{o[0], o[1]}, {o[2], o[3]}};
-            words.store(to + line * 32, phase);
+            words.store(to + line * 32, strip.phase);
         }
     }
-    if (place.leads_quad()) {
-        PieceWords* const at = to - place.lane + LINES_A_STRIP * 32 + place.lane / 4 * 2;
-        const PieceWords weights = {{relative_to[0], relative_to[1]}, {rows.sum[0], rows.sum[1]}};
-        const PieceWords kept = {{kept_relative_to[0], kept_relative_to[1]}, {0.0f, 0.0f}};
-        weights.store(at, phase);
-        kept.store(at + 1, phase);
+}
+
+// The first half of a strip's columns where there are no keys.
+__device__ __forceinline__ void clear_columns(const PieceStrip& strip, int lane) {
+#pragma unroll 1
+    for (int line = 0; line < STRIP_LINES / 2; line++) {
+        const PieceWords zeros = {{0u, 0u}, {0u, 0u}};
+        zeros.store(strip.at + lane + line * 32, strip.phase);
+    }
+}
+
+// What a strip's numbers and its rows' sums are relative to.
+__device__ __forceinline__ void write_weights(const MlaDecodeParams& params, const PieceStrip& strip, const RowSums& rows,
+    const int (&low)[2], const int (&high)[2], const Place& place) {
+    if (!place.leads_quad()) return;
+    float relative_to[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        relative_to[half] = rows.sum[half] == 0.0f ? NO_REFERENCE : rows.reference[half] * params.scale_log2;
+    }
+    PieceWords* const at = strip.at + STRIP_LINES * 32 + place.lane / 4 * 2;
+    const PieceWords weights = {{relative_to[0], relative_to[1]}, {rows.sum[0], rows.sum[1]}};
+    weights.store(at, strip.phase);
+    if constexpr (config::KEPT_IN_HALVES) {
+        const PieceWords kept = {
+            {relative_to[0] - low[0], relative_to[1] - low[1]}, {relative_to[0] - high[0], relative_to[1] - high[1]}};
+        kept.store(at + 1, strip.phase);
     }
 }
 

@@ -46,6 +46,9 @@ struct Part {
     __device__ __forceinline__ bool cut_at_end(int request) const { return end_is_cut && request == last_request; }
     // ... and is partial when other parts hold the rest.
     __device__ __forceinline__ bool is_partial(int request) const { return begin(request) > 0 || cut_at_end(request); }
+    __device__ __forceinline__ bool has_pieces() const {
+        return first_request <= last_request && (begin_block > 0 || end_is_cut);
+    }
     // Its blocks when the request has `blocks` blocks: [first, last).
     __device__ __forceinline__ int first(int request, int blocks) const { return min(begin(request), blocks); }
     __device__ __forceinline__ int last(int request, int blocks) const {

@@ -56,9 +56,9 @@ __device__ int block_scan(int value, int* warp_totals, int& total) {
 }
 
 struct Candidate {
-    int parts;  // to use
-    int slack;  // how far a cut may slide
-    int count;  // what a request counts on the line besides its blocks
+    int parts;         // to use
+    int slack;         // how far a cut may slide
+    int request_cost;  // what a request counts on the line besides its blocks
 };
 
 struct Planner {
@@ -80,53 +80,53 @@ struct Planner {
     }
 
     // Where a request begins on a candidate's line.
-    __device__ __forceinline__ int on_line(const Candidate& of, int request) const {
-        return prefix[request] - request * (params.segment_cost - of.count);
+    __device__ __forceinline__ int on_line(const Candidate& plan, int request) const {
+        return prefix[request] - request * (params.segment_cost - plan.request_cost);
     }
 
     // Where a candidate's cut `index` falls.
-    __device__ Cut locate(int index, const Candidate& of) const {
+    __device__ Cut locate(int index, const Candidate& plan) const {
         if (index <= 0) return {0, 0};
-        if (index >= of.parts) return {params.batch, 0};
+        if (index >= plan.parts) return {params.batch, 0};
         // Every part behind the first pays a segment_cost that the line does not hold, if it continues a request, as most
         // do where cuts matter. So the first part reaches that much further, and all finish together.
-        const int length = on_line(of, params.batch) - of.count;
-        const int x = of.count + static_cast<int>(static_cast<i64>(length) * index / of.parts);
+        const int length = on_line(plan, params.batch) - plan.request_cost;
+        const int x = plan.request_cost + static_cast<int>(static_cast<i64>(length) * index / plan.parts);
         int low = 0, high = params.batch;  // the last request that begins at x or before
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            if (on_line(of, middle) <= x) {
+            if (on_line(plan, middle) <= x) {
                 low = middle;
             } else {
                 high = middle;
             }
         }
-        const int inside = x - on_line(of, low) - of.count;
+        const int inside = x - on_line(plan, low) - plan.request_cost;
         const int block = inside > 0 ? inside / UNIT : 0;
         const int request_blocks = (prefix[low + 1] - prefix[low] - params.segment_cost) / UNIT;
-        if (UNIT * block <= of.slack) return {low, 0};
-        if (UNIT * (request_blocks - block) <= of.slack) return {low + 1, 0};
+        if (UNIT * block <= plan.slack) return {low, 0};
+        if (UNIT * (request_blocks - block) <= plan.slack) return {low + 1, 0};
         return {low, block};
     }
 
     // The finish time that the model gives a candidate. Called by a whole warp; every lane gets the result.
-    __device__ int evaluate(const Candidate& of) const {
+    __device__ int evaluate(const Candidate& plan) const {
         const int lane = threadIdx.x % 32;
         int dearest = 0, most_pieces = 0;  // of the most divided request; 0: none is cut
         Cut carried = {0, 0};
-        for (int base = 0; base < of.parts; base += 32) {
+        for (int base = 0; base < plan.parts; base += 32) {
             const int part = base + lane;
-            const Cut end = locate(part + 1, of);
+            const Cut end = locate(part + 1, plan);
             Cut begin = {__shfl_up_sync(0xFFFFFFFF, end.request, 1), __shfl_up_sync(0xFFFFFFFF, end.block, 1)};
             if (lane == 0) begin = carried;
             carried = {__shfl_sync(0xFFFFFFFF, end.request, 31), __shfl_sync(0xFFFFFFFF, end.block, 31)};
-            if (part < of.parts) {
+            if (part < plan.parts) {
                 int cost = position(end) - position(begin);
                 if (begin.block > 0) cost += params.segment_cost + params.piece_cost;
                 if (end.block > 0) {
                     if (begin.block == 0 || begin.request < end.request) cost += params.piece_cost;
-                    const int length = on_line(of, params.batch) - of.count;  // its first cut, by the rule of locate
-                    const int first = static_cast<int>(static_cast<i64>(on_line(of, end.request)) * of.parts / length) + 1;
+                    const int length = on_line(plan, params.batch) - plan.request_cost;  // its first cut, by the rule of locate
+                    const int first = static_cast<int>(static_cast<i64>(on_line(plan, end.request)) * plan.parts / length) + 1;
                     most_pieces = max(most_pieces, part + 1 - first + 2);
                 }
                 dearest = max(dearest, cost);

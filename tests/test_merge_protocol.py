@@ -1,12 +1,11 @@
 """The protocol by which parts merge a request's pieces, in every order of its steps.
 
-A model of ``kernels/mla_decode_merge.cuh``. Every part writes its piece. Helpers claim a share of
-the tasks, one for each of their warps or one for all of them (a team); a warp looks at the pieces
-until they are written, or loses patience and leaves its task behind. The last warp of a part that
-needs nothing of the pieces any more departs for the part, before results are written. The last part
-to depart merges what was left behind and leaves everything as the next call expects it. Each step
-below is one operation on memory, so walking all interleavings shows what any timing of the thread
-blocks can do.
+A model of ``kernels/mla_decode_merge.cuh``. Every part writes its piece, and departs, before or
+after that, with one operation that also claims a share of the tasks if the part helps. The last to
+depart leaves the state as the next call expects it. Helpers have a task for each of their warps or
+one for all of them (a team); a warp looks at the pieces until they are written, or loses patience
+and leaves its task to the last to depart, unless that one departed already. Each step below is one
+operation on memory, so walking all interleavings shows what any timing of the thread blocks can do.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from typing import NamedTuple
 import pytest
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-READS_NO_MORE = {"result", "end"}
 
 
 class Memory(NamedTuple):
     """What all parts see."""
 
-    claims: int = 0
-    departures: int = 0
-    left_behind: int = 0  # the departures' high half
-    orphans: frozenset[int] = frozenset()  # tasks
+    departed: int = 0
+    claimed: int = 0
+    tasks_left: bool = False
+    orphans: tuple[int, ...] = ()  # tasks, sorted
     phases_flipped: int = 0
     results: tuple[tuple[int, int], ...] = ()  # (task, share of it), sorted
 
@@ -38,20 +36,17 @@ class Warp(NamedTuple):
     task: int = -1
     looks: int = 0
     complete: bool = False
-    left_task: bool = False
-    concludes: bool = False
-    some_left: bool = False  # what departing said of tasks that were left behind
+    taken: tuple[int, ...] = ()  # tasks that others left behind
 
 
 class Part(NamedTuple):
-    """A thread block. Without warps that help it has one, which departs."""
+    """A thread block. Without warps that help it has one, which may have to take over."""
 
     helps: bool
     warps: tuple[Warp, ...]
     written: bool = False
-    claimed: bool = False
-    done: int = 0  # warps
-    left: int = 0  # tasks, by its warps
+    departing: str = "depart"  # what it does next; "" when it has departed
+    has_orphans: bool = False
 
 
 class Merge(NamedTuple):
@@ -71,42 +66,57 @@ class Merge(NamedTuple):
             for i in range(self.pieces)
         )
 
+    def shares(self, task: int) -> list[tuple[int, int]]:
+        return [(task, share) for share in range(self.warps if self.team else 1)]
+
 
 State = tuple[Memory, tuple[Part, ...]]
 
 
-def begin_warps(merge: Merge, part: Part) -> Part:
-    """Warps begin when the piece is written and tasks are known."""
-    if not part.written or (part.helps and not part.claimed):
+def begin_warps(part: Part) -> Part:
+    """Warps begin when the piece is written and the part has departed."""
+    if not part.written or part.departing:
         return part
-    looks_first = merge.broken != "departs before it looks"
-    warps = (
-        warp._replace(step="look" if warp.task >= 0 and looks_first else "done")
-        for warp in part.warps
-    )
+    warps = (w._replace(step="look" if w.task >= 0 else "finish") for w in part.warps)
     return part._replace(warps=tuple(warps))
 
 
-def claim(merge: Merge, memory: Memory, part: Part) -> tuple[Memory, Part]:
-    share, warps = memory.claims, range(merge.warps)
-    tasks = [share if merge.team else share * merge.warps + w for w in warps]
-    claimed = tuple(
-        warp._replace(task=task if task < merge.tasks else -1)
-        for warp, task in zip(part.warps, tasks, strict=True)
-    )
-    part = part._replace(claimed=True, warps=claimed)
-    return memory._replace(claims=share + 1), begin_warps(merge, part)
+def depart(merge: Merge, memory: Memory, part: Part) -> tuple[Memory, Part]:
+    """One of the operations of a part's departure."""
+    if part.departing == "depart":
+        if part.helps:
+            share, warps = memory.claimed, range(merge.warps)
+            tasks = [share if merge.team else share * merge.warps + w for w in warps]
+            warps_now = tuple(
+                warp._replace(task=task if task < merge.tasks else -1)
+                for warp, task in zip(part.warps, tasks, strict=True)
+            )
+            part = part._replace(warps=warps_now)
+        is_last = memory.departed + 1 == merge.pieces
+        part = part._replace(
+            departing="clear" if is_last else "", has_orphans=is_last and memory.tasks_left
+        )
+        claimed = memory.claimed + part.helps
+        memory = memory._replace(departed=memory.departed + 1, claimed=claimed)
+    elif part.departing == "clear":
+        claimed = memory.claimed if merge.broken == "claims stay" else 0
+        memory = memory._replace(departed=0, claimed=claimed, tasks_left=False)
+        part = part._replace(departing="flip")
+    else:
+        memory = memory._replace(phases_flipped=memory.phases_flipped + 1)
+        part = part._replace(departing="")
+    return memory, begin_warps(part)
 
 
 def meet(part: Part) -> Part:
     """A team's named barrier: when all warps are there, they know whether all are complete."""
     if any(warp.step != "barrier" for warp in part.warps):
         return part
-    complete = all(warp.complete for warp in part.warps)
-    warps = (
-        warp._replace(complete=complete, step="leave behind" if not complete and w == 0 else "done")
-        for w, warp in enumerate(part.warps)
-    )
+    if all(warp.complete for warp in part.warps):
+        steps = ["result"] * len(part.warps)
+    else:
+        steps = ["leave", *["finish"] * (len(part.warps) - 1)]
+    warps = (warp._replace(step=step) for warp, step in zip(part.warps, steps, strict=True))
     return part._replace(warps=tuple(warps))
 
 
@@ -115,64 +125,67 @@ def advance(merge: Merge, state: State, p: int, w: int) -> State | None:
     memory, parts = state
     part = parts[p]
     warp = part.warps[w]
+    all_written = all(one.written for one in parts)
 
     def go(**changes: object) -> Part:
         changed = warp._replace(**changes)  # type: ignore[arg-type]
         return part._replace(warps=(*part.warps[:w], changed, *part.warps[w + 1 :]))
 
-    after = "result" if warp.complete else "end"
-    if merge.broken == "departs before it looks" and warp.task >= 0:
-        after = "look"
+    def add(*done: tuple[int, int]) -> Memory:
+        return memory._replace(results=tuple(sorted((*memory.results, *done))))
+
     match warp.step:
         case "look":
-            assert not memory.phases_flipped, "reads words whose phase is another call's"
             mine = parts[w :: merge.warps] if merge.team else parts
             complete = all(one.written for one in mine)
-            if merge.broken == "departs before it looks":
-                part = go(step="result" if complete else "look")
-            elif not complete and warp.looks < merge.patience:
+            if not complete and warp.looks < merge.patience:
                 part = go(looks=warp.looks + 1)
             elif merge.team:
                 part = meet(go(step="barrier", complete=complete))
+            elif merge.broken == "has patience for ever":
+                part = go(step="result" if complete else "alone")
             else:
-                part = go(step="done" if complete else "leave behind", complete=complete)
-        case "leave behind":
-            memory = memory._replace(orphans=memory.orphans | {warp.task})
-            part = go(step="done", left_task=True)
-        case "done":
-            done, left = part.done + 1, part.left + warp.left_task
-            if merge.broken == "forgets what other warps left":
-                left = int(warp.left_task)
-            departs = done == len(part.warps) or merge.broken == "every warp departs"
-            part = go(step="depart" if departs else after)._replace(done=done, left=left)
-        case "depart":
-            before = memory.departures
-            left_behind = memory.left_behind + (part.left > 0)
-            memory = memory._replace(departures=before + 1, left_behind=left_behind)
-            last = before + 1 == merge.pieces
-            next_step = "take over" if after == "end" and last else after
-            part = go(step=next_step, concludes=last, some_left=left_behind > 0)
+                part = go(step="result" if complete else "leave")
+        case "leave":
+            memory = memory._replace(orphans=tuple(sorted((*memory.orphans, warp.task))))
+            part = go(step="mark")
+        case "mark":
+            before = memory.departed
+            memory = memory._replace(tasks_left=True)
+            part = go(step="unmark" if before == 0 else "take back")
+            if 0 < before < merge.pieces or merge.broken == "does not ask who departed":
+                part = go(step="finish")
+            elif merge.broken == "mark stays":
+                part = go(step="take back")
+        case "unmark":
+            memory = memory._replace(tasks_left=False)
+            part = go(step="take back")
+        case "take back":
+            is_mine = warp.task in memory.orphans or merge.broken == "keeps what another took"
+            orphans = tuple(task for task in memory.orphans if task != warp.task)
+            memory = memory._replace(orphans=orphans)
+            part = go(step="alone" if is_mine else "finish")
+        case "alone":
+            assert all(one.departing != "depart" for one in parts), "waits for who may never start"
+            if not all_written:
+                return None
+            memory = add(*merge.shares(warp.task))
+            part = go(step="finish")
         case "result":
-            shares = (warp.task, w if merge.team else 0)
-            memory = memory._replace(results=tuple(sorted((*memory.results, shares))))
-            part = go(step="take over" if warp.concludes else "end")
+            memory = add((warp.task, w if merge.team else 0))
+            part = go(step="finish")
+        case "finish":
+            takes_over = w == 0 and part.has_orphans
+            if takes_over and merge.broken != "orphans are nobody's":
+                part = go(step="take over", taken=memory.orphans)
+                memory = memory._replace(orphans=())
+            else:
+                part = go(step="end")
         case "take over":
-            if warp.some_left and merge.broken != "orphans are nobody's":
-                assert all(one.written for one in parts), "waits for a piece that nobody promised"
-                rest = [
-                    (task, share)
-                    for task in memory.orphans
-                    for share in range(merge.warps if merge.team else 1)
-                ]
-                results = tuple(sorted((*memory.results, *rest)))
-                memory = memory._replace(results=results, orphans=frozenset())
-            part = go(step="clear")
-        case "clear":
-            claims = memory.claims if merge.broken == "claims stay" else 0
-            flipped = memory.phases_flipped + 1
-            memory = memory._replace(
-                departures=0, left_behind=0, claims=claims, phases_flipped=flipped
-            )
+            assert all(one.departing != "depart" for one in parts), "waits for who may never start"
+            if not all_written:
+                return None
+            memory = add(*(share for task in warp.taken for share in merge.shares(task)))
             part = go(step="end")
         case _:
             return None
@@ -183,11 +196,11 @@ def successors(merge: Merge, state: State) -> Iterator[State]:
     memory, parts = state
     for p, part in enumerate(parts):
         if not part.written:
-            written = begin_warps(merge, part._replace(written=True))
+            written = begin_warps(part._replace(written=True))
             yield memory, (*parts[:p], written, *parts[p + 1 :])
-        if part.helps and not part.claimed:
-            claimed_memory, claimed = claim(merge, memory, part)
-            yield claimed_memory, (*parts[:p], claimed, *parts[p + 1 :])
+        if part.departing:
+            departed_memory, departed = depart(merge, memory, part)
+            yield departed_memory, (*parts[:p], departed, *parts[p + 1 :])
         for w in range(len(part.warps)):
             following = advance(merge, state, p, w)
             if following is not None:
@@ -204,14 +217,9 @@ def check_state(merge: Merge, state: State) -> None:
     for task in memory.results:
         assert memory.results.count(task) == 1, "a task is done twice"
     if memory.phases_flipped:
-        for part in parts:
-            assert part.written
-            assert part.claimed or not part.helps, "claims what the next call may use"
-            for warp in part.warps:
-                assert warp.step in READS_NO_MORE, "works on what the next call may use"
+        assert all(part.departing != "depart" for part in parts), "reads another call's phases"
     if is_over(state):
-        shares = range(merge.warps if merge.team else 1)
-        every = tuple((task, share) for task in range(merge.tasks) for share in shares)
+        every = tuple(share for task in range(merge.tasks) for share in merge.shares(task))
         assert memory.results == every, "a task is nobody's"
         assert memory == Memory(results=every, phases_flipped=1), "the next call finds other state"
 
@@ -221,7 +229,9 @@ def normal(merge: Merge, state: State) -> State:
     memory, parts = state
     if merge.team:  # its warps differ in the pieces that they look at
         return state
-    alike = (part._replace(warps=tuple(sorted(part.warps))) for part in parts)
+    alike = (  # but the first, which takes over
+        part._replace(warps=(part.warps[0], *sorted(part.warps[1:]))) for part in parts
+    )
     return memory, tuple(sorted(alike))
 
 
@@ -232,11 +242,11 @@ def walk(merge: Merge) -> tuple[int, set[str]]:
     while to_do:
         state = to_do.pop()
         check_state(merge, state)
-        memory, _ = state
-        if memory.orphans:
-            events.add("a task was left behind")
-        if memory.phases_flipped and not is_over(state):
-            events.add("results came last")
+        for warp in (warp for part in state[1] for warp in part.warps):
+            if warp.taken:
+                events.add("the last to depart took over")
+            if warp.step == "alone":
+                events.add("all had departed, and a task was kept")
         following = list(successors(merge, state))
         assert following or is_over(state), "all wait for each other"
         for one in following:
@@ -263,7 +273,7 @@ CASES = [
     (2, {0, 1}, 2, 1),
     (3, {0, 1, 2}, 1, 3),
     (3, {0, 1, 2}, 1, 2),
-    (3, {0, 1}, 2, 4),
+    (3, {0, 1}, 2, 3),
     (3, {0, 1}, 2, 2),
     (4, {0, 1, 2}, 1, 3),
     (4, {0, 1, 2, 3}, 1, 2),
@@ -276,7 +286,7 @@ def test_every_task_is_done_once_and_the_state_is_clear(
     pieces: int, helpers: set[int], warps: int, tasks: int, patience: int
 ) -> None:
     _, events = walk(merge_of(pieces, helpers, warps, tasks, patience))
-    assert events == {"a task was left behind", "results came last"}
+    assert events == {"the last to depart took over", "all had departed, and a task was kept"}
 
 
 @pytest.mark.parametrize("patience", [0, 1])
@@ -286,24 +296,25 @@ def test_every_task_is_done_once_and_the_state_is_clear(
 )
 def test_teams(pieces: int, helpers: set[int], warps: int, tasks: int, patience: int) -> None:
     _, events = walk(merge_of(pieces, helpers, warps, tasks, patience, team=True))
-    assert events == {"a task was left behind", "results came last"}
+    assert events == {"the last to depart took over", "all had departed, and a task was kept"}
 
 
 @pytest.mark.parametrize(
     "broken, complaint",
     [
         ("orphans are nobody's", "a task is nobody's"),
-        ("forgets what other warps left", "a task is nobody's"),
+        ("does not ask who departed", "a task is nobody's|finds other state"),
+        ("keeps what another took", "done twice"),
+        ("mark stays", "finds other state"),
         ("claims stay", "finds other state"),
-        ("every warp departs", "may use"),
-        ("departs before it looks", "may use|another call's"),
+        ("has patience for ever", "may never start"),
     ],
 )
 def test_the_model_tells_a_protocol_that_works_from_one_that_does_not(
     broken: str, complaint: str
 ) -> None:
     with pytest.raises(AssertionError, match=complaint):
-        walk(merge_of(2, {0, 1}, 2, 4, 0)._replace(broken=broken))
+        walk(merge_of(3, {0, 1, 2}, 1, 3, 0)._replace(broken=broken))
 
 
 def test_no_helper_is_too_late_for_its_share() -> None:
@@ -314,7 +325,7 @@ def test_no_helper_is_too_late_for_its_share() -> None:
         order = [first, *({0, 1, 2} - {first})]
         for p in order:
             memory, parts = state
-            memory, part = claim(start, memory, parts[p])
+            memory, part = depart(start, memory, parts[p])
             state = memory, (*parts[:p], part, *parts[p + 1 :])
         assert [state[1][p].warps[0].task for p in order] == [0, -1, -1]
 

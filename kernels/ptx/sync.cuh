@@ -57,6 +57,11 @@ __device__ __forceinline__ u32 atomic_or(u32* word, u32 bits) {
     asm volatile("atom.relaxed.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bits) : "memory");
     return before;
 }
+__device__ __forceinline__ u32 atomic_and(u32* word, u32 bits) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.and.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bits) : "memory");
+    return before;
+}
 // What this thread did before the fence is seen by whoever sees what it does after it, if that one fences as well.
 __device__ __forceinline__ void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

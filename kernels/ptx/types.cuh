@@ -34,6 +34,13 @@ __device__ __forceinline__ int here(int x) {
     return x;
 }
 
+// The thread's number, read here, so that no register has to keep it.
+__device__ __forceinline__ int thread_here() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 // A load that is issued where it stands, however late its value is used.
 __device__ __forceinline__ int load_now(const int* pointer) {
     int value;

@@ -42,10 +42,15 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from moving accesses to accumulators across this point, where products own them. Sixteen at a time:
 // one by one they take the compiler seconds.
-template <int N>
+template <int FIRST, int END, int N>
 __device__ __forceinline__ void pin_registers(float (&values)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i += 16) asm volatile("" : WGMMA_D16(values, i)::"memory");
+    for (int i = FIRST; i < END; i += 16) asm volatile("" : WGMMA_D16(values, i)::"memory");
+}
+
+template <int N>
+__device__ __forceinline__ void pin_registers(float (&values)[N]) {
+    pin_registers<0, N>(values);
 }
 
 #define WGMMA_R32 \

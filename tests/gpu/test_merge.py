@@ -135,6 +135,20 @@ def test_a_value_far_larger_than_the_others_of_its_row() -> None:
     assert error <= 4e-3 * expected[0][..., rest].double().norm()
 
 
+@pytest.mark.parametrize("heads_q", [16, 64])
+def test_a_value_that_is_not_finite_spoils_its_column_alone(heads_q: int) -> None:
+    """A key of weight 0 whose column 17 is -inf: 0 * -inf is NaN there, and nowhere else."""
+    problem = make([1000], heads_q=heads_q)
+    problem.q[..., 17] = 1.0
+    page = problem.block_table[0, 5].long()
+    problem.k_cache[page, 3, 0, 17] = -torch.inf
+    out, lse = problem.run(from_cuts(problem, [(0, 4), (0, 9)]))
+    expected, expected_lse = problem.expected()
+    assert torch.isnan(out[..., 17]).all()
+    rest = [i for i in range(512) if i != 17]
+    assert_matches((out[..., rest], lse), (expected[..., rest], expected_lse))
+
+
 @pytest.mark.parametrize("heads_q", [16, 64, 128])
 def test_helpers_without_patience(heads_q: int) -> None:
     """Whoever does not find all pieces at the first look leaves its task to the last to depart."""
