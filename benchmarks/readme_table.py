@@ -85,7 +85,7 @@ FlashMLA is the wheel `sgl-flash-mla` 1.0.0, FlashInfer is 0.5.3 with its fa3 ba
 are those of [benchmarks/results/h100.json](benchmarks/results/h100.json), made by
 
 ```sh
-python -m flashmla_rtc bench --grid full --json benchmarks/results/h100.json
+{results["command"]}
 ```
 {END}"""
 
