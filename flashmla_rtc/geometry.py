@@ -51,9 +51,14 @@ STRIP_WEIGHTS_BYTES = 256
 """A strip as ``mla_decode_partial.cuh`` keeps it: lines, half as many if in fp16, and weights."""
 
 
+FEW_ROWS = 32
+"""Up to so many rows a query tile comes in boxes of fewer than 64, and bf16 calls keep pieces in
+float32."""
+
+
 def kept_in_halves(dtype: str, rows_per_group: int) -> bool:
-    """Whether pieces of cut requests are kept in fp16: of bf16 calls that fill a tile's strips."""
-    return dtype == "bfloat16" and -(-rows_per_group // 16) * 2 >= TILE_STRIPS
+    """Whether pieces of cut requests are kept in fp16: of bf16 calls with more than a few rows."""
+    return dtype == "bfloat16" and rows_per_group > FEW_ROWS
 
 
 SHARED_BASE = 1024
@@ -71,12 +76,16 @@ class CostModel:
     piece: a piece of a cut request, on top: its output goes to the workspace.
     merge: any cut at all: pieces are waited for and merged.
     merge_longest: the same, for each piece of the most divided request, in 1/16 of the unit.
+    pooled: sixteenths of the difference of the dearest part and the mean that are not lost, since
+        SMs that are done leave bandwidth to the others. Counts only where plans of pairs are
+        compared with the line.
     """
 
     segment: int = 32
     piece: int = 16
     merge: int = 24
     merge_longest: int = 16
+    pooled: int = 0
 
 
 DECODE_PARAMS = ParamStruct(
@@ -138,5 +147,6 @@ SCHEDULE_PARAMS = ParamStruct(
         ("int", "piece_cost"),
         ("int", "merge_cost"),
         ("int", "merge_longest_cost"),
+        ("int", "pooled"),
     ),
 )

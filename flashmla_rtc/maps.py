@@ -17,8 +17,8 @@ _MOST_BYTES = 1 << 40
 class QueryMap(NamedTuple):
     """The map of q but for its address: ``(head_dim, head, query, KV head, request)``.
 
-    A box holds the rows of a tile, one for each (query, head), queries first: 64, or fewer where
-    there are no more, a multiple of 16. Where rows of a group lie at equal distances all of them
+    A box holds the rows of a tile, one for each (query, head), queries first: 64, or 16 or 32 where
+    there are no more. Where rows of a group lie at equal distances all of them
     count as heads of one query.
     """
 
@@ -39,7 +39,8 @@ def query_map(shape: DecodeShape, strides: tuple[int, ...]) -> QueryMap | None:
         strides: of q's batch, queries and heads, in elements.
     """
     heads, queries = shape.heads_per_group, shape.seq_len_q
-    box_rows = min(-(-shape.rows_per_group // 16) * 16, geometry.BLOCK_ROWS)
+    few = shape.rows_per_group <= geometry.FEW_ROWS
+    box_rows = -(-shape.rows_per_group // 16) * 16 if few else geometry.BLOCK_ROWS
     batch_stride, query_stride, head_stride = strides[:3]
     group_stride = heads * head_stride
     if queries == 1 or (shape.heads_k == 1 and query_stride == heads * head_stride):

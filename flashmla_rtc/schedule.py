@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from . import geometry
+from . import geometry, schedule_pairs
 from .geometry import COST_UNIT, CostModel
 
 
@@ -40,6 +40,7 @@ _SEGMENT_US = (3.0, 3.0)  # constant, and for a full tile
 _PIECE_US = (1.0, 4.5)
 _MERGE_US = 4.0
 _MERGE_LONGEST_US = (0.02, 0.1)
+_POOLED = (6, 0)  # with one row block memory is the limit
 
 
 @functools.cache
@@ -52,10 +53,13 @@ def cost_model(rows_per_group: int, heads_k: int) -> CostModel:
         piece=round((_PIECE_US[0] + fill * _PIECE_US[1]) / unit),
         merge=round(_MERGE_US / unit),
         merge_longest=round(16 * _MERGE_LONGEST_US[rows_per_group > geometry.BLOCK_ROWS] / unit),
+        pooled=_POOLED[rows_per_group > geometry.BLOCK_ROWS],
     )
 
 
-class _Planner:
+class Planner:
+    """Plans that cut a line, and what all plans are measured by."""
+
     def __init__(self, cache_seqlens: np.ndarray, num_parts: int, model: CostModel) -> None:
         self.blocks = planned_blocks(cache_seqlens)
         self.batch = len(self.blocks)
@@ -90,22 +94,30 @@ class _Planner:
         request[-1], block[-1] = self.batch, 0
         return request, block
 
-    def cost(self, parts: int, slack: int, request_cost: int) -> int:
+    def part_costs(self, parts: int, slack: int, request_cost: int) -> np.ndarray:
         request, block = self.cuts(parts, slack, request_cost)
         position = self.position(request, block)
         inside = block > 0
         cost = position[1:] - position[:-1]
         cost = cost + np.where(inside[:-1], self.model.segment + self.model.piece, 0)
         new_piece = inside[1:] & (~inside[:-1] | (request[:-1] < request[1:]))
-        cost = cost + np.where(new_piece, self.model.piece, 0)
-        if not inside.any():
-            return int(cost.max())
+        return cost + np.where(new_piece, self.model.piece, 0)
+
+    def cost(self, parts: int, slack: int, request_cost: int) -> int:
+        """The finish time that the model gives a candidate."""
+        request, block = self.cuts(parts, slack, request_cost)
         line = self.line(request_cost)
         first = line[request] * parts // max(int(line[-1]) - request_cost, 1) + 1
-        most_pieces = int(np.where(inside, np.arange(parts + 1) - first + 2, 0).max())
+        most_pieces = int(np.where(block > 0, np.arange(parts + 1) - first + 2, 0).max())
+        return int(self.part_costs(parts, slack, request_cost).max()) + self.merge(most_pieces)
+
+    def merge(self, most_pieces: int) -> int:
+        """What merging costs; ``most_pieces`` of a request, 0 if none is cut."""
         model = self.model
-        merge = model.merge + model.merge_longest * most_pieces // 16
-        return int(cost.max()) + merge
+        return model.merge + model.merge_longest * most_pieces // 16 if most_pieces else 0
+
+    def total_cost(self, parts: int, slack: int, request_cost: int) -> int:
+        return int(self.part_costs(parts, slack, request_cost).sum())
 
     def candidate(self, index: int) -> tuple[int, int, int]:
         choice = index % 16
@@ -127,6 +139,10 @@ class _Planner:
         candidates = [self.candidate(i) for i in range(geometry.SCHEDULE_CANDIDATES)]
         return min(candidates, key=lambda candidate: self.cost(*candidate))
 
+    def pooled(self, cost: int, total: int) -> int:
+        """A finish time, less what SMs that are done before leave to the others."""
+        return cost - max(cost - total // self.useful_parts, 0) // 16 * self.model.pooled
+
 
 def plan_numpy(
     cache_seqlens: np.ndarray, num_parts: int, model: CostModel
@@ -143,13 +159,20 @@ def plan_numpy(
         pieces of all requests before each.
     """
     batch = len(cache_seqlens)
-    plan = np.zeros((num_parts, geometry.PLAN_COLUMNS), np.int32)
-    plan[:, 2] = -1
+    plan = np.tile(np.array(schedule_pairs.IDLE, np.int32), (num_parts, 1))
     num_splits = np.zeros(batch + 1, np.int32)
     if batch == 0:
         return plan, num_splits
 
-    planner = _Planner(np.asarray(cache_seqlens), num_parts, model)
+    planner = Planner(np.asarray(cache_seqlens), num_parts, model)
+    groups = schedule_pairs.cheaper_pairs(planner)
+    if groups:
+        rows = [row for group in groups for row in schedule_pairs.rows(planner, group)]
+        plan[: len(rows)] = rows
+        pieces = np.ones(batch, np.int32)
+        pieces[[group.longer for group in groups if group.cut]] = 2
+        num_splits[1:] = np.cumsum(pieces)
+        return plan, num_splits
     request, block = planner.cuts(*planner.best())
     inside = block > 0
     cuts_in = np.bincount(request[inside], minlength=batch)  # cuts inside each request

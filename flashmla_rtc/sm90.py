@@ -130,6 +130,7 @@ def plan_into(
         "piece_cost": model.piece,
         "merge_cost": model.merge,
         "merge_longest_cost": model.merge_longest,
+        "pooled": model.pooled,
     }
     stream = arrays.current_stream(cache_seqlens)
     with on_device(device):

@@ -101,10 +101,10 @@ __device__ __forceinline__ Part part(const MlaDecodeParams& params, const Shared
 
 __device__ __forceinline__ int side_of(int thread) { return thread / WARPGROUP - 1; }
 
-// Where this warp's strip of a request's piece goes, once the merges are found.
-__device__ __forceinline__ PieceStrip strip_of(const MlaDecodeParams& params, const Shared& shared, int request) {
+// Where this warp's strip of a piece goes, once the merges are found.
+__device__ __forceinline__ PieceStrip strip_of(const MlaDecodeParams& params, const Shared& shared, int number) {
     wait(shared.merges_found, 0);
-    const int end = part(params, shared).begin(request) > 0 ? FRONT : BACK;
+    const int end = part(params, shared).begin(number) > 0 ? FRONT : BACK;
     return PieceStrip(params, shared, end, Place(here(threadIdx.x)), side_of(here(threadIdx.x)));
 }
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
-    for (int request = part(params, shared).first_request; request <= part(params, shared).last_request; request++) {
+    for (int number = part(params, shared).first_request; number <= part(params, shared).last_number; number++) {
         float output[128];
 #pragma unroll
         for (int i = 0; i < 128; i++) output[i] = 0.0f;
@@ -131,9 +131,9 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
             begin_product(output, shared, first, second, at, place.lane);
             pair += PAIRS_A_BLOCK;
             tail += 1;
-            if (left == 1 && part(params, shared).is_partial(request)) {  // half of a piece is written beside its last products
+            if (left == 1 && part(params, shared).is_partial(number)) {  // half of a piece is written beside its last products
                 pin_registers<0, 64>(output);
-                const PieceStrip strip = strip_of(params, shared, request);
+                const PieceStrip strip = strip_of(params, shared, number);
                 if (strip.exists) write_columns<0>(strip, output, low_exponents, place.lane);
                 finish_product(output, shared, second, at, place.lane);
                 trace.mark(TRACE_OUTPUT);
@@ -145,9 +145,9 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
         wait(shared.sums_ready[note.at()], note.turn());
         trace.mark(TRACE_SUMS);
         const int places = here(pair.steps | tail.steps << 8 | note.steps << 16);  // one register while the output is written
-        if (part(params, shared).is_partial(request)) {
+        if (part(params, shared).is_partial(number)) {
             const Place place(here(threadIdx.x));
-            const PieceStrip strip = strip_of(params, shared, request);
+            const PieceStrip strip = strip_of(params, shared, number);
             if (strip.exists) {
                 const int at = Ring<PIECES>(places >> 16).at();
                 int high_exponents[2];
@@ -157,6 +157,7 @@ __device__ __forceinline__ void produce_output(const MlaDecodeParams& params, Sh
             }
         } else {
             const RowSums sums(shared, Ring<PIECES>(places >> 16).at());
+            const int request = part(params, shared).request(number);
             write_output(params, output, sums, Place(here(threadIdx.x)), side_of(here(threadIdx.x)), request);
         }
         trace.mark(TRACE_WRITTEN);
@@ -238,7 +239,7 @@ __device__ __forceinline__ void ask_for_first_keys(const MlaDecodeParams& params
     const int length = load_from_other_blocks(params.cache_seqlens + number);
     const bool exists = block * KEYS < length && !(part.cut_at_end(number) && block >= part.end_block);
     if (!exists || page < 0 || page >= params.num_blocks) return;
-    const u32 policy = gridDim.x > 1 ? L2_EVICT_NORMAL : L2_EVICT_FIRST;
+    const u32 policy = keys_policy(params, part);
     static_assert(ROPE_BOX == 2 * PAIRS_A_BLOCK, "the last pair is the rope columns and what lies outside");
 #pragma unroll 1
     for (int i = blockIdx.x; i <= PAIRS_A_BLOCK; i += gridDim.x) {  // row blocks share the work
@@ -251,7 +252,8 @@ __device__ __forceinline__ void start(const MlaDecodeParams& params, Shared& sha
     wait_for_previous_kernel();
     launch_next_kernel();
     if (threadIdx.x < PLAN_ROW_INTS) {
-        reinterpret_cast<int*>(&shared.plan_row)[threadIdx.x] = params.plan[blockIdx.z * PLAN_ROW_INTS + threadIdx.x];
+        const int word = params.plan[blockIdx.z * PLAN_ROW_INTS + threadIdx.x];
+        reinterpret_cast<int*>(&shared.plan_row)[threadIdx.x] = checked_word(threadIdx.x, word, params.batch);
         mbarrier_arrive(shared_address(&shared.plan_ready));
     }
     wait(shared.plan_ready, 0);

@@ -94,7 +94,7 @@ struct alignas(1024) Shared {  // descriptors count on the order of the boxes
     Merge merges[2];
     u8 phases[2][config::MAX_PARTS];  // of the merges' pieces: bit s is that of strip s, before this call
     MergeTask tasks[CONSUMER_WARPS];  // of the merge at the part's end: one a warp, or the first for all
-    int has_orphans[2];               // tasks that were left behind, of the merges from which this thread block departed last
+    int has_orphans[2];               // whether tasks were left behind, of the merges from which this thread block departed last
     volatile int blocks_asked;        // of keys, by the loader, so far
     u64 pair_full[PAIRS], pair_empty[PAIRS];
     u64 tail_full[TAILS], tail_empty[TAILS];

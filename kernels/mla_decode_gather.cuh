@@ -14,7 +14,7 @@ __device__ void gather_q(const MlaDecodeParams& params, Shared& shared) {
     static_assert(ROWS_A_WARP == 32, "one row a lane");
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
     Ring<PIECES> note;
-    for (int number = part().first_request; number <= part().last_request; number++) {
+    for (int number = part().first_request; number <= part().last_number; number++) {
         Ring<PAIRS> pair;  // the first piece's is known
         if (number > part().first_request) {
             wait(shared.piece_ready[note.at()], note.turn());
@@ -39,7 +39,7 @@ __device__ void gather_q(const MlaDecodeParams& params, Shared& shared) {
         const bool row_exists = group_row < params.rows_per_group;
         const RowPlace place(params, group_row);
         const i64 row_offset = place.query * params.q_stride_seq + place.head * params.q_stride_head;
-        const u64 lane_row = row_exists ? reinterpret_cast<u64>(params.q + number * params.q_stride_batch + row_offset) : 0;
+        const u64 lane_row = row_exists ? reinterpret_cast<u64>(params.q + part().request(number) * params.q_stride_batch + row_offset) : 0;
 #pragma unroll 1
         for (int group = 0; group < ROWS_A_WARP; group += 4) {
             const int owner = group + lane / 8, row = warp_row + owner, chunk = lane % 8;

@@ -9,24 +9,31 @@
 
 namespace {
 
+// How long L2 shall keep keys. Row blocks share them. Those that are read once shall not drive pieces out; without pieces few rows
+// are faster the same way, others if keys are kept as usual (measured).
+__device__ __forceinline__ u32 keys_policy(const MlaDecodeParams& params, const Part& part) {
+    const bool keeps = gridDim.x > 1 || (params.rows_per_group > config::FEW_ROWS && !part.has_pieces());
+    return keeps ? L2_EVICT_NORMAL : L2_EVICT_FIRST;
+}
+
 // Finds out what each piece of the part is, tells the others, and has its blocks of keys copied. One thread does it.
 __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared& shared) {
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
     Trace trace(TRACE_LOADER, true);
-    // Keys that are read once shall not drive pieces out of L2. Row blocks share K through L2.
-    const u32 policy = gridDim.x == 1 && part().has_pieces() ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
+    const u32 policy = keys_policy(params, part());
     Ring<PAIRS> pair;
     Ring<TAILS> tail;
     Ring<PIECES> note;
     int asked = 0;  // blocks so far
-    for (int number = part().first_request; number <= part().last_request; number++) {
+    for (int number = part().first_request; number <= part().last_number; number++) {
+        const int source = part().request(number);
         auto page_of = [&](int block) {
-            const i64 row = here(number) * params.block_table_stride;  // not kept, for want of registers
+            const i64 row = here(source) * params.block_table_stride;  // not kept, for want of registers
             return block < params.max_blocks ? load_now(params.block_table + row + block) : -1;
         };
         const int begin = part().begin(number);
         int page = page_of(begin), next_page = page_of(begin + 1);  // under way while the length arrives
-        const Request request(params, number, here(blockIdx.x) * ROWS);
+        const Request request(params, source, here(blockIdx.x) * ROWS);
         const int first = part().first(number, request.blocks()), last = part().last(number, request.blocks());
         wait(shared.piece_empty[note.at()], note.turn() ^ 1);
         shared.pieces[note.at()] = {request.length, request.limit_min, first, last, pair.steps};
@@ -92,11 +99,12 @@ __device__ __forceinline__ void bring_keys_to_l2(const MlaDecodeParams& params, 
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
     const volatile int& asked = shared.blocks_asked;
     int number_of_block = 0;
-    for (int number = part().first_request; number <= part().last_request; number++) {
-        const Request request(params, number, here(blockIdx.x) * ROWS);
+    for (int number = part().first_request; number <= part().last_number; number++) {
+        const int source = part().request(number);
+        const Request request(params, source, here(blockIdx.x) * ROWS);
         const int last = part().last(number, request.blocks());
         for (int block = part().first(number, request.blocks()); block < last; block++) {
-            const int page = load_now(params.block_table + number * params.block_table_stride + block);
+            const int page = load_now(params.block_table + source * params.block_table_stride + block);
             u32 spins = 0;
             while (!__all_sync(0xFFFFFFFF, number_of_block <= asked)) {
                 __nanosleep(100);
@@ -140,10 +148,11 @@ __device__ __forceinline__ void produce_q(const MlaDecodeParams& params, Shared&
     auto part = [&] { return Part(shared.plan_row, gridDim.z, params.batch); };
     const QueryTile tile(params);
     Ring<PIECES> note;
-    for (int number = part().first_request; number <= part().last_request; number++) {
+    for (int number = part().first_request; number <= part().last_number; number++) {
+        const int source = part().request(number);
         auto load = [&](u8* box, u32 full, int column) {
             tma_load_5d(
-                shared_address(box), &params.q_map, full, column, tile.head, tile.query, blockIdx.y, number, L2_EVICT_NORMAL);
+                shared_address(box), &params.q_map, full, column, tile.head, tile.query, blockIdx.y, source, L2_EVICT_NORMAL);
         };
         Ring<PAIRS> pair;  // the first piece's is known
         if (number > part().first_request) {

@@ -1,15 +1,16 @@
 // Merges the pieces of a request that was cut over several parts, inside the decode kernel.
 //
-// Every thread block that ends with a piece of the request helps: it looks at its share of the columns of all pieces until
-// they are written (mla_decode_partial.cuh), adds them up (mla_decode_pieces.cuh), and writes the result. (A last piece after
-// which its part goes on with other requests is left for the others.)
+// Every thread block that ends with a piece of the request may get a share: it looks at its columns of all pieces until
+// they are written (mla_decode_partial.cuh), adds them up (mla_decode_pieces.cuh), and writes the result. (Where a part goes on with
+// the next request behind a last piece, it is left for the others. One request from anywhere behind it does not count.)
 //
-// Every part that has a piece departs from the merge, long before that: when it has asked for all its keys and knows its share and
-// what it has to know of the pieces. The last to depart leaves everything as the next call expects it.
+// Every part that has a piece departs from the merge, long before that: when it has asked for all its keys and knows what it has
+// to know of the pieces. The same operation tells it its share. The last to depart leaves everything as the next call expects it.
 //
 // The thread blocks of a grid are on the device together as a rule, but nothing promises it. So nobody waits for ever, unless all
 // have departed, which says that all pieces are written or about to be: a helper that loses patience before that leaves its
-// task to the last to depart (who adds in another order: the last bits may differ then).
+// task to the last to depart, and after that keeps it and waits. Either way one warp does it alone, and adds in another order: the
+// last bits may differ then.
 #pragma once
 #include "mla_decode_block.cuh"
 #include "mla_decode_partial.cuh"
@@ -151,7 +152,9 @@ __device__ __forceinline__ void depart(const MlaDecodeParams& params, Shared& sh
                 shared.tasks[lane] = task < merge.tasks() ? merge_task(params, merge, task) : MergeTask{-1, 0, 0, 0, 0, 0};
             }
         }
-        if (lane == 0) shared.has_orphans[end] = is_last && before >= MergeState::TASKS_LEFT;
+        const bool has_orphans = is_last && before >= MergeState::TASKS_LEFT;
+        if (has_orphans) memory_fence();  // who finds that tasks were left behind finds which
+        if (lane == 0) shared.has_orphans[end] = has_orphans;
         if (is_last) conclude(params, shared, end, lane);
     }
     arrive_as_warp(shared.tasks_ready, lane);
@@ -315,7 +318,6 @@ __device__ __forceinline__ int merge_share(
 // where it `takes_over`, what others left behind in merges from which this thread block departed last.
 __device__ __forceinline__ void merge_rest(
     const MlaDecodeParams& params, const Shared& shared, const Part& part, int alone, bool takes_over, int lane) {
-    memory_fence();  // who departed last knows that tasks were left behind, and now which
 #pragma unroll 1
     for (int i = 0; i < 2 * ORPHAN_WORDS; i++) {
         const int end = i / ORPHAN_WORDS, word = i % ORPHAN_WORDS;

@@ -5,10 +5,11 @@
 // its rows. Lane l has columns l % 4 * 2 and + 1 of each group of 8 columns, in row l / 4 and in row l / 4 + 8. Tiles of
 // neighbouring pieces lie side by side, and no strip is kept that has no rows.
 //
-// Few rows are kept in float32: a group a line, no arithmetic. Full tiles for results in bf16 are kept in fp16 (11 bits
+// Few rows are kept in float32: a group a line, no arithmetic. From 33 on, for results in bf16, they are kept in fp16 (11 bits
 // against 8), two groups a line: what L2 moves halves. Each row has a power of two for each half of the strip's columns, which
-// brings the sum of its numbers there near the largest of fp16. That is for config::KEPT_IN_HALVES to say: all thread blocks of
-// a call do the same, and code that does not run still costs time to skip.
+// brings the sum of its numbers there near the largest of fp16; it stands in the second 16 bytes of the row's weights, which are
+// neither written nor read otherwise. That is for config::KEPT_IN_HALVES to say: all thread blocks of a call do the same, and
+// code that does not run still costs time to skip.
 //
 // Every 64-bit word of the workspace says itself whether it has been written: its lowest bit, the word's phase, is another
 // than before. (Readers clear that bit, so that it never changes a result.) A call writes all words of a strip or none, so a
@@ -85,7 +86,7 @@ __device__ __forceinline__ PieceWords* piece_strips(const MlaDecodeParams& param
 }
 
 // The power of two that brings numbers of at most `bound` into fp16's range, near its upper end. If some number is NaN, the bound
-// is, and the others are not to suffer: they are taken to be of usual size.
+// is, and the others are not to suffer: they are taken to be of usual size (so beside a NaN a sum above 65504 becomes infinite).
 __device__ __forceinline__ int exponent_for_halves(float bound) {
     return bound == bound ? clamp(127 + 14 - static_cast<int>(__float_as_uint(bound) >> 23), -112, 112) : 0;
 }

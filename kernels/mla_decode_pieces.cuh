@@ -2,8 +2,8 @@
 //
 // Piece s of a query row left an output o_s and a sum of exponentials l_s that are relative to 2^r_s. The whole row is
 // sum_s w_s o_s / sum_s w_s l_s with w_s = 2^(r_s - m), m the largest r_s: exact, whatever the cuts. A piece without keys has
-// l_s = 0; a row without keys gives 0 and lse = +inf. Pieces are always added in the same order, so a call gives the same
-// bits every time.
+// l_s = 0; a row without keys gives 0 and lse = +inf. Pieces are added in an order that the plan alone decides, so a call gives the
+// same bits every time (but for tasks that were left behind: mla_decode_merge.cuh).
 #pragma once
 #include "mla_decode_block.cuh"
 #include "mla_decode_partial.cuh"

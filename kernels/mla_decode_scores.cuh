@@ -150,8 +150,7 @@ __device__ __forceinline__ void produce_p(const MlaDecodeParams& params, Shared&
     Ring<TAILS> tail;
     Ring<PIECES> note;
     const Part part(shared.plan_row, gridDim.z, params.batch);
-    int left = part.last_request - part.first_request + 1;
-    for (; left > 0; left--) {
+    for (int number = part.first_request; number <= part.last_number; number++) {
         const Piece& piece = shared.pieces[note.at()];
         QueryBoxes q;
         wait(shared.piece_ready[note.at()], note.turn());

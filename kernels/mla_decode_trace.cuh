@@ -23,7 +23,7 @@ enum TraceKind : u32 {  // timeline.py has the same list
     TRACE_Q,        // the query tile has landed
     TRACE_SCORES,   // S is there
     TRACE_P,        // the probabilities are written
-    TRACE_OUTPUT,   // the products with a pair's values are done
+    TRACE_OUTPUT,   // the products of a block are done; at a piece's last block half of the piece is written, too
     TRACE_SUMS,     // a piece's sums are known, and left and right have done its last product
     TRACE_WRITTEN,  // the piece, or the share of a merge, is written
     TRACE_FETCHED,  // the pieces of a task of a merge are there and added

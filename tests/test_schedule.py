@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmla_rtc import geometry, schedule
+from flashmla_rtc import geometry, schedule, schedule_pairs
 from flashmla_rtc.bench import shapes
 from flashmla_rtc.geometry import COST_UNIT, CostModel
 
@@ -49,19 +49,31 @@ def walk(plan: np.ndarray, blocks: list[int]) -> Parts:
     """The pieces of each part, by the rules of mla_plan.cuh."""
     parts: Parts = []
     for row in plan.tolist():
-        begin_request, begin_block, end_request, end_block, _, end_is_cut, *_ = row
+        begin_request, begin_block, end_request, end_block, _, end_is_cut, _, extra = row
         pieces = []
         for request in range(begin_request, end_request + 1):
             begin = begin_block if request == begin_request else 0
             cut_here = end_is_cut and request == end_request
             end = end_block if cut_here else blocks[request]
             pieces.append(Piece(request, begin, end))
+        if extra:
+            pieces.append(Piece(extra - 1, 0, blocks[extra - 1]))
         parts.append(pieces)
     return parts
 
 
+def pairs_of(lengths: list[int], num_parts: int, model: CostModel) -> list[schedule_pairs.Group]:
+    """The groups of the plan, if it is one of pairs."""
+    if not lengths:
+        return []
+    planner = schedule.Planner(np.array(lengths, np.int32), num_parts, model)
+    return schedule_pairs.cheaper_pairs(planner)
+
+
 models = st.builds(
-    CostModel, **{field.name: st.integers(0, 200) for field in dataclasses.fields(CostModel)}
+    CostModel,
+    **{field.name: st.integers(0, 200) for field in dataclasses.fields(CostModel)}
+    | {"pooled": st.integers(0, 16)},
 ) | st.builds(schedule.cost_model, st.sampled_from([1, 16, 64, 128, 256]), st.sampled_from([1, 8]))
 
 short = st.integers(0, 300)
@@ -91,9 +103,10 @@ def test_every_block_of_every_request_is_visited_once_and_in_order(
     reached = [0] * len(lengths)
     visits = [0] * len(lengths)
     last = 0
+    is_line = not pairs_of(lengths, num_parts, model)
     for pieces in walk(plan, blocks):
         for piece in pieces:
-            assert piece.request >= last  # requests come in order
+            assert piece.request >= last or not is_line  # requests come in order
             last = piece.request
             assert piece.begin == reached[piece.request]  # ... and so do their blocks
             assert piece.begin < piece.end or blocks[piece.request] == 0
@@ -119,11 +132,16 @@ def test_the_fields_of_a_row_agree(lengths: list[int], num_parts: int, model: Co
 
     seen = [0] * len(lengths)  # pieces of each request in earlier parts
     for index, (row, part) in enumerate(zip(plan.tolist(), parts, strict=True)):
-        begin_request, begin_block, end_request, end_block, split, is_cut, merge, reserved = row
-        assert reserved == 0
+        begin_request, begin_block, end_request, end_block, split, is_cut, merge, extra = row
         if not part:
             assert row == [0, 0, -1, 0, 0, 0, 0, 0]  # idle: every field says so
             continue
+        assert 0 <= extra <= len(lengths)
+        if extra:  # behind a run, and whole
+            assert not is_cut
+            part.pop()
+            assert pieces[extra - 1] == 1
+            seen[extra - 1] += 1
         assert 0 <= begin_request <= end_request < len(lengths)
         assert split == seen[begin_request]
         assert (split > 0) == (begin_block > 0)
@@ -148,6 +166,8 @@ def test_cuts_are_strictly_increasing_and_idle_parts_have_none(
     lengths: list[int], num_parts: int, model: CostModel
 ) -> None:
     plan, _ = make_plan(lengths, num_parts, model)
+    if pairs_of(lengths, num_parts, model):
+        return
     begins = [(row[0], row[1]) for row in plan.tolist() if row[2] >= row[0]]
     assert all(a < b for a, b in itertools.pairwise(begins))
     if lengths:
@@ -262,6 +282,7 @@ def test_no_plan_is_far_from_the_ideal(
     useful = min(max(sum(blocks), 1), num_parts)
     mean = math.ceil((total - model.segment) / useful)
     cut = model.segment + 2 * model.piece + COST_UNIT + 1
+    model = dataclasses.replace(model, pooled=0)  # else a dearest part may cost more on purpose
     merge = model.merge + model.merge_longest * (num_parts + 1) // 16
     assert planned_finish(lengths, num_parts, model) <= mean + cut + merge
 
@@ -274,11 +295,17 @@ def test_the_search_knows_what_its_plan_costs(
     """The cost that the search compares is that of the plan, but for the pieces of the most divided
     request, which it estimates.
     """
-    planner = schedule._Planner(np.array(lengths, np.int32), num_parts, model)
+    planner = schedule.Planner(np.array(lengths, np.int32), num_parts, model)
     estimate = planner.cost(*planner.best())
     blocks = blocks_of(lengths)
     plan, num_splits = make_plan(lengths, num_parts, model)
     actual = finish_time(walk(plan, blocks), blocks, model)
+    groups = schedule_pairs.cheaper_pairs(planner)
+    if groups:
+        merge = planner.merge(2 if any(group.cut for group in groups) else 0)
+        assert actual == max(group.cost for group in groups) + merge
+        assert model.pooled or actual < estimate
+        return
     assert abs(estimate - actual) <= model.merge_longest * int(num_splits[-1]) / 16 + 1
     if num_splits[-1] == len(lengths):
         assert estimate == actual
@@ -361,6 +388,85 @@ def test_one_long_request_among_short_ones_is_shared_out() -> None:
     assert num_splits[-1] - num_splits[-2] > 20
     whole = model.segment + COST_UNIT * blocks_of(lengths)[-1]
     assert planned_finish(lengths, H100_SMS, model) < whole / 5
+
+
+# -- pairs ----------------------------------------------------------------------------------------
+
+
+def ragged(batch: int, seed: int = 0) -> list[int]:
+    random = np.random.default_rng(seed)
+    return np.maximum(random.normal(4096, 2048, batch), 1).astype(int).tolist()
+
+
+def line_finish(lengths: list[int], num_parts: int, model: CostModel) -> int:
+    planner = schedule.Planner(np.array(lengths, np.int32), num_parts, model)
+    return planner.cost(*planner.best())
+
+
+def test_twice_as_many_requests_as_parts_are_paired_and_not_cut() -> None:
+    model = schedule.cost_model(128, 1)
+    lengths = shapes.Shape(128, 1, 128, 4096, varlen=True).lengths().tolist()
+    plan, num_splits = make_plan(lengths, 66, model)
+    assert num_splits.tolist() == list(range(129))
+    parts = walk(plan, blocks_of(lengths))
+    assert sorted(map(len, parts)) == [1] * 4 + [2] * 62
+    longest = sorted(lengths)[-4:]  # for whom there is a part alone
+    assert sorted(lengths[part[0].request] for part in parts if len(part) == 1) == longest
+    assert planned_finish(lengths, 66, model) < 0.96 * line_finish(lengths, 66, model)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_about_as_many_requests_as_parts_are_cut_half_as_often(rows: int) -> None:
+    model = schedule.cost_model(rows, 1)
+    lengths = shapes.Shape(128, 1, rows, 4096, varlen=True).lengths().tolist()
+    plan, num_splits = make_plan(lengths, H100_SMS, model)
+    cuts = int(num_splits[-1]) - 128
+    assert 32 < cuts < 66  # where the line has 131
+    pieces = [part for part in walk(plan, blocks_of(lengths)) if part]
+    assert max(map(len, pieces)) == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("batch", [66, 67, 100, 131, 132, 133])
+def test_a_group_has_two_requests_at_most_and_parts_for_all(batch: int, parts: int) -> None:
+    planner = schedule.Planner(
+        np.array(ragged(batch), np.int32), H100_SMS // (3 - parts), schedule.cost_model(64, 1)
+    )
+    groups = schedule_pairs.grouped(planner, parts)
+    count = 66
+    if not count < batch <= 2 * count:
+        assert groups == []
+        return
+    assert len(groups) == count
+    members = [r for group in groups for r in (group.longer, group.shorter) if r >= 0]
+    assert sorted(members) == list(range(batch))
+    for group in groups:
+        assert group.shorter < 0 or planner.blocks[group.longer] >= planner.blocks[group.shorter]
+        rows = schedule_pairs.rows(planner, group)
+        assert len(rows) == parts
+        assert (group.cut > 0) == any(row[5] for row in rows)
+
+
+def test_no_request_is_cut_that_is_no_dearer_whole_than_the_dearest_part() -> None:
+    model = schedule.cost_model(64, 1)
+    planner = schedule.Planner(np.array(ragged(128), np.int32), H100_SMS, model)
+    groups = schedule_pairs.grouped(planner, 2)
+    dearest = max(group.cost for group in groups)
+    for group in groups:
+        whole = model.segment + COST_UNIT * int(planner.blocks[group.longer])
+        assert (group.cut > 0) == (whole > dearest)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize("batch", [8, 33, 60, 66, 128, 132])
+def test_equal_requests_are_not_paired(batch: int, rows: int) -> None:
+    parts = schedule.num_sm_parts(H100_SMS, rows, 1)
+    assert pairs_of([4096] * batch, parts, schedule.cost_model(rows, 1)) == []
+
+
+def test_only_batches_that_fit_are_sorted() -> None:
+    model = CostModel(segment=0, piece=200, merge=200)
+    assert pairs_of([1 + i % 640 for i in range(513)], 256, model) == []
 
 
 # -- beside FlashMLA's rule -----------------------------------------------------------------------

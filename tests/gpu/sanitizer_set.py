@@ -80,6 +80,8 @@ def main() -> int:
     results = [
         planner("planner, 3 requests", [700, 0, 64], 132),
         planner("planner, 9000 requests", [1, 500, 64] * 3000, 132),
+        planner("planner, pairs", [1 + i * 997 % 6000 for i in range(128)], 66),
+        planner("planner, pairs with cuts", [1 + i * 997 % 6000 for i in range(128)], 132),
         decode(
             "bf16, whole requests, partial pages, NaN past the end",
             make([130, 0, 64, 1], dtype=BF16, poison=nan, device=CPU),

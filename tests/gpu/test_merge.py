@@ -18,7 +18,7 @@ def test_a_plan_from_cuts_equals_the_planner_s() -> None:
     lengths = problem.cache_seqlens.cpu().numpy()
     parts = num_parts(problem)
     model = schedule.cost_model(problem.rows_per_group, problem.heads_k)
-    planner = schedule._Planner(lengths, parts, model)
+    planner = schedule.Planner(lengths, parts, model)
     request, block = planner.cuts(*planner.best())
     cuts = list(zip(request.tolist(), block.tolist(), strict=True))
     by_hand = from_cuts(problem, cuts[1:-1])

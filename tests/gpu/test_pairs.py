@@ -1,0 +1,99 @@
+"""Plans of pairs of requests, and parts that have a request from anywhere behind their others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from plans import num_parts
+from problem import DEVICE, Problem, assert_matches, assert_same_bits, check, make
+
+from flashmla_rtc import schedule, schedule_pairs
+
+Plan = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def ragged(batch: int, longest: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(1, longest, batch).tolist()
+
+
+def parts_a_pair(problem: Problem) -> int:
+    """1 or 2, or 0 where the plan cuts a line."""
+    lengths = problem.cache_seqlens.cpu().numpy()
+    model = schedule.cost_model(problem.rows_per_group, problem.heads_k)
+    planner = schedule.Planner(lengths, num_parts(problem), model)
+    groups = schedule_pairs.cheaper_pairs(planner)
+    return groups[0].parts if groups else 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "batch, heads_q, seq_len_q, parts",
+    [(128, 128, 1, 1), (131, 128, 1, 1), (60, 128, 2, 1), (130, 64, 1, 2), (131, 16, 2, 2)],
+)
+def test_pairs(batch: int, heads_q: int, seq_len_q: int, parts: int, causal: bool) -> None:
+    problem = make(
+        ragged(batch, 6000), heads_q=heads_q, seq_len_q=seq_len_q, causal=causal, poison=torch.nan
+    )
+    assert parts_a_pair(problem) == parts
+    plan = problem.plan()
+    first = check(problem, plan)
+    for _ in range(5):
+        assert_same_bits(problem.run(plan), first)
+
+
+@pytest.mark.parametrize("batch, heads_q, live", [(128, 128, 70), (130, 64, 40), (130, 64, 1)])
+def test_pairs_of_more_requests_than_there_are(batch: int, heads_q: int, live: int) -> None:
+    """The longer of a pair may be gone, or the shorter."""
+    whole = make(ragged(batch, 6000), heads_q=heads_q)
+    assert parts_a_pair(whole)
+    metadata, _ = whole.plan()
+    fewer = whole.but(
+        q=whole.q[:live],
+        block_table=whole.block_table[:live],
+        cache_seqlens=whole.cache_seqlens[:live],
+    )
+    check(fewer, (metadata, None))
+
+
+@pytest.mark.parametrize("heads_q", [128, 64])
+def test_pairs_made_for_other_lengths(heads_q: int) -> None:
+    problem = make(ragged(130, 6000), heads_q=heads_q, poison=torch.nan)
+    other = torch.tensor(ragged(130, 6000, seed=0), dtype=torch.int32, device=DEVICE)
+    assert parts_a_pair(problem.but(cache_seqlens=other))
+    check(problem, problem.plan(other))
+
+
+def by_hand(problem: Problem, rows: list[list[int]]) -> Plan:
+    idle = [[0, 0, -1, 0, 0, 0, 0, 0]] * (num_parts(problem) - len(rows))
+    return torch.tensor(rows + idle, dtype=torch.int32, device=DEVICE), None
+
+
+LENGTHS = [3000, 1100, 64, 2000]
+LINE = [[0, 0, 0, 20, 0, 1, 2, 0], [0, 20, 0, 47, 1, 0, 0, 0], [1, 0, 2, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("heads_q", [16, 64, 128])
+@pytest.mark.parametrize("part", [0, 1, 2, 3], ids=["head", "tail", "run", "nothing"])
+def test_a_request_behind_any_others(part: int, heads_q: int) -> None:
+    """Whatever a part has: a first piece, a last one, whole requests, or nothing."""
+    problem = make(LENGTHS, heads_q=heads_q, poison=torch.nan)
+    rows = [list(row) for row in LINE] + [[0, 0, -1, 0, 0, 0, 0, 0]]
+    rows[part][7] = 3 + 1
+    plan = by_hand(problem, rows)
+    first = check(problem, plan)
+    for _ in range(10):
+        assert_same_bits(problem.run(plan), first)
+
+
+@pytest.mark.parametrize("extra", [-1, 5, 2**31 - 1, -(2**31)])
+def test_a_request_that_there_is_not_is_left_out(extra: int) -> None:
+    problem = make(LENGTHS, poison=torch.nan)
+    rows = [[*row[:7], extra] for row in LINE]
+    out, lse = problem.poisoned()
+    out[3], lse[3] = 7.0, 8.0
+    problem.run(by_hand(problem, rows), out, lse)
+    expected = problem.expected()
+    assert_matches((out[:3], lse[:3]), (expected[0][:3], expected[1][:3]))
+    assert torch.equal(out[3], torch.full_like(out[3], 7.0))
+    assert torch.equal(lse[3], torch.full_like(lse[3], 8.0))
