@@ -464,11 +464,6 @@ def test_equal_requests_are_not_paired(batch: int, rows: int) -> None:
     assert pairs_of([4096] * batch, parts, schedule.cost_model(rows, 1)) == []
 
 
-def test_only_batches_that_fit_are_sorted() -> None:
-    model = CostModel(segment=0, piece=200, merge=200)
-    assert pairs_of([1 + i % 640 for i in range(513)], 256, model) == []
-
-
 # -- beside FlashMLA's rule -----------------------------------------------------------------------
 
 

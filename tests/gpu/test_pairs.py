@@ -8,7 +8,7 @@ import torch
 from plans import num_parts
 from problem import DEVICE, Problem, assert_matches, assert_same_bits, check, make
 
-from flashmla_rtc import schedule, schedule_pairs
+from flashmla_rtc import schedule, schedule_pairs, sm90
 
 Plan = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -26,15 +26,19 @@ def parts_a_pair(problem: Problem) -> int:
     return groups[0].parts if groups else 0
 
 
+def paired_batch(parts: int, fewer: int, rows: int) -> int:
+    """``fewer`` requests than fill this device with pairs of ``parts`` parts each."""
+    return (3 - parts) * sm90.num_parts(DEVICE.index or 0, rows, 1) - fewer
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "batch, heads_q, seq_len_q, parts",
-    [(128, 128, 1, 1), (131, 128, 1, 1), (60, 128, 2, 1), (130, 64, 1, 2), (131, 16, 2, 2)],
+    "parts, fewer, heads_q, seq_len_q",
+    [(1, 4, 128, 1), (1, 1, 128, 1), (1, 6, 128, 2), (2, 2, 64, 1), (2, 1, 16, 2)],
 )
-def test_pairs(batch: int, heads_q: int, seq_len_q: int, parts: int, causal: bool) -> None:
-    problem = make(
-        ragged(batch, 6000), heads_q=heads_q, seq_len_q=seq_len_q, causal=causal, poison=torch.nan
-    )
+def test_pairs(parts: int, fewer: int, heads_q: int, seq_len_q: int, causal: bool) -> None:
+    lengths = ragged(paired_batch(parts, fewer, heads_q * seq_len_q), 6000)
+    problem = make(lengths, heads_q=heads_q, seq_len_q=seq_len_q, causal=causal, poison=torch.nan)
     assert parts_a_pair(problem) == parts
     plan = problem.plan()
     first = check(problem, plan)
@@ -42,11 +46,15 @@ def test_pairs(batch: int, heads_q: int, seq_len_q: int, parts: int, causal: boo
         assert_same_bits(problem.run(plan), first)
 
 
-@pytest.mark.parametrize("batch, heads_q, live", [(128, 128, 70), (130, 64, 40), (130, 64, 1)])
-def test_pairs_of_more_requests_than_there_are(batch: int, heads_q: int, live: int) -> None:
+@pytest.mark.parametrize(
+    "parts, fewer, heads_q, live", [(1, 4, 128, 70), (2, 2, 64, 40), (2, 2, 64, 1)]
+)
+def test_pairs_of_more_requests_than_there_are(
+    parts: int, fewer: int, heads_q: int, live: int
+) -> None:
     """The longer of a pair may be gone, or the shorter."""
-    whole = make(ragged(batch, 6000), heads_q=heads_q)
-    assert parts_a_pair(whole)
+    whole = make(ragged(paired_batch(parts, fewer, heads_q), 6000), heads_q=heads_q)
+    assert parts_a_pair(whole) == parts
     metadata, _ = whole.plan()
     fewer = whole.but(
         q=whole.q[:live],
@@ -56,11 +64,12 @@ def test_pairs_of_more_requests_than_there_are(batch: int, heads_q: int, live: i
     check(fewer, (metadata, None))
 
 
-@pytest.mark.parametrize("heads_q", [128, 64])
-def test_pairs_made_for_other_lengths(heads_q: int) -> None:
-    problem = make(ragged(130, 6000), heads_q=heads_q, poison=torch.nan)
-    other = torch.tensor(ragged(130, 6000, seed=0), dtype=torch.int32, device=DEVICE)
-    assert parts_a_pair(problem.but(cache_seqlens=other))
+@pytest.mark.parametrize("parts, heads_q", [(1, 128), (2, 64)])
+def test_pairs_made_for_other_lengths(parts: int, heads_q: int) -> None:
+    batch = paired_batch(parts, 2, heads_q)
+    problem = make(ragged(batch, 6000, seed=0), heads_q=heads_q, poison=torch.nan)
+    other = torch.tensor(ragged(batch, 6000), dtype=torch.int32, device=DEVICE)
+    assert parts_a_pair(problem.but(cache_seqlens=other)) == parts
     check(problem, problem.plan(other))
 
 
