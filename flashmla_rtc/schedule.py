@@ -165,7 +165,8 @@ def plan_numpy(
         return plan, num_splits
 
     planner = Planner(np.asarray(cache_seqlens), num_parts, model)
-    groups = schedule_pairs.cheaper_pairs(planner)
+    line = planner.best()
+    groups = schedule_pairs.cheaper_pairs(planner, line)
     if groups:
         rows = [row for group in groups for row in schedule_pairs.rows(planner, group)]
         plan[: len(rows)] = rows
@@ -173,7 +174,7 @@ def plan_numpy(
         pieces[[group.longer for group in groups if group.cut]] = 2
         num_splits[1:] = np.cumsum(pieces)
         return plan, num_splits
-    request, block = planner.cuts(*planner.best())
+    request, block = planner.cuts(*line)
     inside = block > 0
     cuts_in = np.bincount(request[inside], minlength=batch)  # cuts inside each request
     num_splits[1:] = np.cumsum(1 + cuts_in)

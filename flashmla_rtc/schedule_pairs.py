@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from . import geometry
 from .geometry import COST_UNIT
 
 if TYPE_CHECKING:
     from .schedule import Planner
-
-MOST_PAIRED = 2 * geometry.MAX_PARTS
-"""Most requests of a batch that are tried in pairs."""
 
 IDLE = (0, 0, -1, 0, 0, 0, 0, 0)
 """The row of a part that has nothing to do."""
@@ -34,13 +30,10 @@ class Group(NamedTuple):
     total: int
 
 
-def cheaper_pairs(planner: Planner) -> list[Group]:
-    """The groups of the cheaper plan of pairs if that is cheaper than any cut line, else none."""
+def cheaper_pairs(planner: Planner, line: tuple[int, int, int]) -> list[Group]:
+    """The groups of the cheaper plan of pairs if that is cheaper than ``line``, else none."""
     found: list[Group] = []
-    if planner.batch > MOST_PAIRED:
-        return found
-    best = planner.best()
-    cheapest = planner.pooled(planner.cost(*best), planner.total_cost(*best))
+    cheapest = planner.pooled(planner.cost(*line), planner.total_cost(*line))
     for parts in (1, 2):
         groups = grouped(planner, parts)
         if not groups:

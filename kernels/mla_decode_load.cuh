@@ -39,6 +39,9 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
         shared.pieces[note.at()] = {request.length, request.limit_min, first, last, pair.steps};
         mbarrier_arrive(shared_address(&shared.piece_ready[note.at()]));
         pair += Q_PAIRS;
+        // The next kernel may start when all thread blocks say so. We do behind our last keys, since what it reads first would get
+        // in their way, or, if they are a single block, before it.
+        if (number == part().last_number && last - first <= 1) launch_next_kernel();
 
         for (int block = first; block < shared.pieces[note.at()].last; block++) {
             // A page out of range: the copy engine fills in zeros and the scores will be masked.
@@ -84,6 +87,7 @@ __device__ __forceinline__ void produce_k(const MlaDecodeParams& params, Shared&
         note += 1;
     }
     shared.blocks_asked = ALL_BLOCKS;
+    launch_next_kernel();
     mbarrier_arrive(shared_address(&shared.keys_asked));
 }
 

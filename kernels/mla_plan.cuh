@@ -18,6 +18,7 @@ struct PlanRow {
     int extra;        // 1 + a request that the part has besides, whole, behind the others; 0: none
 };
 constexpr int PLAN_ROW_INTS = 8;
+constexpr PlanRow IDLE_ROW = {0, 0, -1, 0, 0, 0, 0, 0};
 constexpr int MOST_BLOCKS = 1 << 25;  // of a request: 2^31 keys
 static_assert(sizeof(PlanRow) == PLAN_ROW_INTS * sizeof(int), "a plan row is 8 int32");
 

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
     }
 
     // 3. Pairs, if they finish earlier.
-    if (batch <= MOST_PAIRED && batch > useful_parts / 2 && batch <= 2 * useful_parts) {
+    if (batch > useful_parts / 2 && batch <= 2 * useful_parts) {
         sort_by_length(planner, batch, shared.by_length);
         if (thread < 2) shared.pairs[thread] = {0, 0, 0};
         __syncthreads();
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_schedule(const __gr
 
     // 5. The rows of the plan.
     for (int part = thread; part < num_parts; part += THREADS) {
-        PlanRow row = {0, 0, -1, 0, 0, 0, 0, 0};
+        PlanRow row = IDLE_ROW;
         if (part < parts) {
             const Cut begin = shared.cuts[part], end = shared.cuts[part + 1];
             if (begin.request != end.request || begin.block != end.block) {

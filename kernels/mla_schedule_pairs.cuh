@@ -57,7 +57,7 @@ struct Pairs {
                              : PlanRow{longer, group.cut, longer, blocks, 1, 0, 0, shorter + 1};
         }
         if (part == 0) return {longer, 0, longer, blocks, 0, 0, 0, 0};
-        return shorter >= 0 ? PlanRow{shorter, 0, shorter, planner.planned(shorter), 0, 0, 0, 0} : PlanRow{0, 0, -1, 0, 0, 0, 0, 0};
+        return shorter >= 0 ? PlanRow{shorter, 0, shorter, planner.planned(shorter), 0, 0, 0, 0} : IDLE_ROW;
     }
 };
 
@@ -82,7 +82,7 @@ __device__ void write_pairs(const Pairs& pairs, Shared& shared) {
     __syncthreads();
     if (thread < params.num_parts) {
         const int number = thread / pairs.parts_a_group;
-        PlanRow row = {0, 0, -1, 0, 0, 0, 0, 0};
+        PlanRow row = IDLE_ROW;
         if (number < pairs.groups) {
             const Group group = pairs.group(number);
             row = pairs.row(group, thread % pairs.parts_a_group);

@@ -67,7 +67,7 @@ def pairs_of(lengths: list[int], num_parts: int, model: CostModel) -> list[sched
     if not lengths:
         return []
     planner = schedule.Planner(np.array(lengths, np.int32), num_parts, model)
-    return schedule_pairs.cheaper_pairs(planner)
+    return schedule_pairs.cheaper_pairs(planner, planner.best())
 
 
 models = st.builds(
@@ -300,7 +300,7 @@ def test_the_search_knows_what_its_plan_costs(
     blocks = blocks_of(lengths)
     plan, num_splits = make_plan(lengths, num_parts, model)
     actual = finish_time(walk(plan, blocks), blocks, model)
-    groups = schedule_pairs.cheaper_pairs(planner)
+    groups = schedule_pairs.cheaper_pairs(planner, planner.best())
     if groups:
         merge = planner.merge(2 if any(group.cut for group in groups) else 0)
         assert actual == max(group.cost for group in groups) + merge

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -76,10 +77,20 @@ def test_every_gpu_test_that_is_there_was_run(verified: dict[str, Any]) -> None:
 
 
 def test_benchmark_figures_were_taken_with_these_sources() -> None:
+    """Those of the H100. Others may be older where docs/performance.md says with which sources they
+    were measured, and has to if they are.
+    """
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files, "benchmarks/results holds no figures."
+    notes = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
     for path in files:
         digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        if "h100" not in path.name and "timeline" not in path.name:
+            said = re.search(rf"`benchmarks/results/{path.name}`[^)]*digest `(\w+)`", notes)
+            if said is not None:
+                assert digest.startswith(said[1])
+                assert digest != variants.sources_digest()
+                continue
         assert digest == variants.sources_digest(), (
             f"{path.name} was measured with other sources. Run "
             f"`python -m flashmla_rtc bench --json benchmarks/results/{path.name}` on that GPU."

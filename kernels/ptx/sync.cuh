@@ -68,6 +68,14 @@ __device__ __forceinline__ void memory_fence() { asm volatile("fence.acq_rel.gpu
 // Has the line of device memory that holds `address` brought to L2. It may be written until it is read.
 __device__ __forceinline__ void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// Busy for about as many cycles. (__nanosleep(300) takes one to three microseconds.)
+__device__ __forceinline__ void spend_cycles(u32 cycles) {
+    u32 begin, now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(begin)::"memory");
+    do asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+    while (now - begin < cycles);
+}
+
 // Programmatic dependent launch: wait until the kernels before this one have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

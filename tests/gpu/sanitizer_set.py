@@ -111,7 +111,14 @@ def main() -> int:
             make([40 * 64], heads_q=3, device=CPU),
             cuts=[(0, i) for i in range(1, 40)],
         ),
+        decode(
+            "bf16, requests in pairs",
+            make([1 + i * 997 % 300 for i in range(140)], heads_q=16, device=CPU),
+        ),
     ]
+    pairs = make([1 + i * 997 % 300 for i in range(100)], heads_q=12, seq_len_q=2, device=CPU)
+    gathered = pairs.but(q=pairs.q.transpose(1, 2).contiguous().transpose(1, 2))
+    results.append(decode("bf16, pairs with cuts, queries that have no map", gathered))
     hidden = make([300, 64], heads_q=16, seq_len_q=3, causal=True, device=CPU)
     hidden.block_table[0, 2] = -1
     results.append(decode("bf16, a page out of range", hidden))

@@ -22,7 +22,7 @@ def parts_a_pair(problem: Problem) -> int:
     lengths = problem.cache_seqlens.cpu().numpy()
     model = schedule.cost_model(problem.rows_per_group, problem.heads_k)
     planner = schedule.Planner(lengths, num_parts(problem), model)
-    groups = schedule_pairs.cheaper_pairs(planner)
+    groups = schedule_pairs.cheaper_pairs(planner, planner.best())
     return groups[0].parts if groups else 0
 
 
@@ -44,6 +44,16 @@ def test_pairs(parts: int, fewer: int, heads_q: int, seq_len_q: int, causal: boo
     first = check(problem, plan)
     for _ in range(5):
         assert_same_bits(problem.run(plan), first)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pairs_with_queries_that_have_no_map(parts: int) -> None:
+    """Threads that gather a tile find the request from anywhere, too."""
+    problem = make(ragged(paired_batch(parts, 3, 24), 2000), heads_q=12, seq_len_q=2)
+    assert parts_a_pair(problem) == parts
+    heads_first = problem.but(q=problem.q.transpose(1, 2).contiguous().transpose(1, 2))
+    plan = problem.plan()
+    assert_same_bits(heads_first.run(plan), check(problem, plan))
 
 
 @pytest.mark.parametrize(
