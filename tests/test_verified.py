@@ -149,9 +149,12 @@ RUNS: dict[str, tuple[dict[str, str], list[str], bool]] = {
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any] | None]:
     """What each of ``RUNS`` leaves, with a stand-in for torch and a handful of tests."""
 
+    # Not in the threads: several that ask pytest for a folder at once may go without.
+    places = {name: tmp_path_factory.mktemp("run") for name in RUNS}
+
     def run(name: str) -> dict[str, Any] | None:
         extra, arguments, _ = RUNS[name]
-        place = tmp_path_factory.mktemp("run")
+        place = places[name]
         (place / "torch.py").write_text(TORCH, encoding="utf-8")
         (place / "gpu").mkdir()
         files = {**TESTS, **extra}
