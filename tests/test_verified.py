@@ -86,7 +86,9 @@ def test_benchmark_figures_were_taken_with_these_sources() -> None:
     for path in files:
         digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
         if "h100" not in path.name and "timeline" not in path.name:
-            said = re.search(rf"`benchmarks/results/{path.name}`[^)]*digest `(\w+)`", notes)
+            said = re.search(
+                rf"`benchmarks/results/{re.escape(path.name)}`[^)]*digest `([0-9a-f]{{8,}})`", notes
+            )
             if said is not None:
                 assert digest.startswith(said[1])
                 assert digest != variants.sources_digest()
