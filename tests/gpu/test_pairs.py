@@ -7,6 +7,7 @@ import pytest
 import torch
 from plans import num_parts
 from problem import DEVICE, Problem, assert_matches, assert_same_bits, check, make
+from test_query_layouts import has_map
 
 from flashmla_rtc import schedule, schedule_pairs, sm90
 
@@ -52,6 +53,8 @@ def test_pairs_with_queries_that_have_no_map(parts: int) -> None:
     problem = make(ragged(paired_batch(parts, 3, 24), 2000), heads_q=12, seq_len_q=2)
     assert parts_a_pair(problem) == parts
     heads_first = problem.but(q=problem.q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert has_map(problem)
+    assert not has_map(heads_first)
     plan = problem.plan()
     assert_same_bits(heads_first.run(plan), check(problem, plan))
 
@@ -66,12 +69,12 @@ def test_pairs_of_more_requests_than_there_are(
     whole = make(ragged(paired_batch(parts, fewer, heads_q), 6000), heads_q=heads_q)
     assert parts_a_pair(whole) == parts
     metadata, _ = whole.plan()
-    fewer = whole.but(
+    shrunk = whole.but(
         q=whole.q[:live],
         block_table=whole.block_table[:live],
         cache_seqlens=whole.cache_seqlens[:live],
     )
-    check(fewer, (metadata, None))
+    check(shrunk, (metadata, None))
 
 
 @pytest.mark.parametrize("parts, heads_q", [(1, 128), (2, 64)])
