@@ -1,4 +1,4 @@
-"""Every check of user input.
+"""Checks of a decode call's arrays; other input is for ``option_checks`` and ``plan_checks``.
 
 The checks look at what the host knows (shapes, strides, dtypes, devices) and never wait for a
 device; ``validate_contents``, a debug switch, is the one exception. They run at every call, so the
@@ -12,24 +12,18 @@ expected.
 
 from __future__ import annotations
 
-import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from . import geometry, messages
-from .arrays import Device, View
+from .arrays import View
 from .validation import validate_contents, validation_enabled
 
 __all__ = [
     "DecodeShape",
     "check_decode",
-    "check_flag",
     "check_kernel_limits",
-    "check_metadata",
-    "check_planning",
-    "check_scale",
-    "reject_unsupported",
     "validate_contents",
     "validation_enabled",
 ]
@@ -38,12 +32,10 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 KERNEL_DTYPES = ("bfloat16", "float16")
 
-# The kernels' running maximum starts at -1e30, and its product with the scale is a float32.
-_LARGEST_SCALE = 1e8
 _Q_AXES = "(batch, seq_len_q, heads_q, head_dim)"
 _K_AXES = "(num_blocks, page_block_size, heads_k, head_dim)"
 _TABLE_AXES = "(batch, max_blocks)"
-_SEQLENS_AXES = "(batch,)"
+SEQLENS_AXES = "(batch,)"
 
 
 class DecodeShape(NamedTuple):
@@ -72,9 +64,6 @@ class DecodeShape(NamedTuple):
     def rows_per_group(self) -> int:
         """Query rows that attend to the same keys: all queries of all heads of a group."""
         return self.seq_len_q * (self.heads_q // self.heads_k)
-
-
-# -- the decode call ------------------------------------------------------------------------------
 
 
 def check_decode(
@@ -115,7 +104,7 @@ def check_decode(
     if len(block_table.shape) != 2:
         raise messages.wrong_rank("block_table", block_table, 2, _TABLE_AXES)
     if len(cache_seqlens.shape) != 1:
-        raise messages.wrong_rank("cache_seqlens", cache_seqlens, 1, _SEQLENS_AXES)
+        raise messages.wrong_rank("cache_seqlens", cache_seqlens, 1, SEQLENS_AXES)
 
     dtype = q.dtype
     if dtype not in DTYPES:
@@ -153,7 +142,7 @@ def check_decode(
     if table_batch != batch:
         raise messages.wrong_batch("block_table", block_table, _TABLE_AXES, q)
     if cache_seqlens.shape[0] != batch:
-        raise messages.wrong_batch("cache_seqlens", cache_seqlens, _SEQLENS_AXES, q)
+        raise messages.wrong_batch("cache_seqlens", cache_seqlens, SEQLENS_AXES, q)
     if type(head_dim_v) is not int:
         head_dim_v = messages.integer(head_dim_v, "head_dim_v")
     if not 1 <= head_dim_v <= head_dim:
@@ -275,183 +264,3 @@ def check_kernel_limits(shape: DecodeShape, q: View, k_cache: View) -> None:
         or (heads > 1 and (head_stride & 7 or not 0 <= head_stride < 1 << 39))
     ):
         raise messages.untiled_strides(k_cache)
-
-
-# -- numbers and flags ----------------------------------------------------------------------------
-
-
-def check_scale(softmax_scale: Any, head_dim: int) -> float:
-    """The factor on the scores: ``softmax_scale``, or ``head_dim ** -0.5`` when it is None.
-
-    Raises:
-        TypeError: not a real number. A bool is refused: it is ``causal``, one position too early.
-        ValueError: negative, NaN, or not finite in float32.
-    """
-    if softmax_scale is None:
-        return float(head_dim**-0.5)
-    if type(softmax_scale) is not float:
-        if isinstance(softmax_scale, (bool, np.bool_)):
-            raise TypeError(
-                f"softmax_scale must be a real number or None, but it is {softmax_scale} (a bool). "
-                f"If it was meant for causal, write causal={softmax_scale}: softmax_scale comes "
-                "before causal in the order of arguments."
-            )
-        if not isinstance(softmax_scale, numbers.Real):
-            raise TypeError(
-                "softmax_scale must be a real number (Python or NumPy) or None, but it is "
-                f"{messages.kind(softmax_scale)}."
-            )
-    try:
-        scale = float(softmax_scale)
-    except OverflowError:
-        scale = float("inf")
-    if not 0.0 <= scale <= _LARGEST_SCALE:
-        raise ValueError(
-            f"softmax_scale must be finite, at least 0 and at most 1e8, but it is {scale!r}."
-        )
-    return scale
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """A flag such as ``causal``, as a bool.
-
-    Raises:
-        TypeError: neither bool nor numpy.bool_.
-    """
-    if value is True or value is False:
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    raise TypeError(f"{name} must be True or False, but it is {messages.kind(value)}.")
-
-
-def reject_unsupported(
-    *,
-    is_fp8_kvcache: Any,
-    indices: Any,
-    attn_sink: Any,
-    extra_k_cache: Any,
-    extra_indices_in_kvcache: Any,
-    topk_length: Any,
-    extra_topk_length: Any,
-) -> None:
-    """Refuse what the signature of FlashMLA has and this package does not support yet.
-
-    Raises:
-        NotImplementedError: an argument that asks for it, by its name.
-        TypeError: ``is_fp8_kvcache`` is not a bool.
-    """
-    if is_fp8_kvcache is not False and check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
-        raise NotImplementedError(
-            "is_fp8_kvcache=True is not supported yet: the fp8 KV cache has no kernel here. Pass a "
-            "bfloat16 or float16 k_cache and is_fp8_kvcache=False."
-        )
-    if indices is not None:
-        raise messages.unsupported("indices", "sparse attention")
-    if attn_sink is not None:
-        raise messages.unsupported("attn_sink", "attention with a sink")
-    if extra_k_cache is not None:
-        raise messages.unsupported("extra_k_cache", "attention to a second cache")
-    if extra_indices_in_kvcache is not None:
-        raise messages.unsupported("extra_indices_in_kvcache", "attention to a second cache")
-    if topk_length is not None:
-        raise messages.unsupported("topk_length", "sparse attention")
-    if extra_topk_length is not None:
-        raise messages.unsupported("extra_topk_length", "attention to a second cache")
-
-
-# -- plans ----------------------------------------------------------------------------------------
-
-
-def check_metadata(
-    metadata: View,
-    num_splits: View | None,
-    shape: DecodeShape,
-    num_sm_parts: int,
-    device: Device,
-) -> None:
-    """Check a plan that the caller made with ``get_mla_metadata`` against the call that uses it.
-
-    A plan for fewer requests than the batch is legal (the rest is padding); the length of
-    ``num_splits``, requests + 1, tells for how many.
-
-    Raises:
-        TypeError: a dtype other than int32.
-        ValueError: a shape that belongs to another device or other head counts; a device, stride
-            or alignment.
-    """
-    if metadata.dtype != "int32":
-        raise messages.not_int32("tile_scheduler_metadata", metadata)
-    plan = (num_sm_parts, geometry.PLAN_COLUMNS)
-    if metadata.shape != plan:
-        raise ValueError(
-            f"tile_scheduler_metadata must have shape {plan} on {device} with these head counts, "
-            f"but its shape is {metadata.shape}. Make it with "
-            f"get_mla_metadata(cache_seqlens, {shape.rows_per_group}, {shape.heads_k})."
-        )
-    if metadata.device != device:
-        raise messages.wrong_device(device, tile_scheduler_metadata=metadata)
-    if metadata.strides != (geometry.PLAN_COLUMNS, 1) and not (
-        num_sm_parts == 1 and metadata.strides[1] == 1
-    ):
-        raise messages.wrong_stride("tile_scheduler_metadata", metadata, whole=True)
-    if metadata.pointer & 15 and device.type == "cuda":  # the kernels read it 16 bytes at a time
-        raise messages.unaligned("tile_scheduler_metadata", metadata)
-    if num_splits is None:
-        return
-    if num_splits.dtype != "int32":
-        raise messages.not_int32("num_splits", num_splits)
-    if len(num_splits.shape) != 1:
-        raise messages.wrong_rank("num_splits", num_splits, 1, "(requests + 1,)")
-    length = num_splits.shape[0]
-    if not 1 <= length <= shape.batch + 1:
-        raise ValueError(
-            f"num_splits must have between 1 and batch + 1 = {shape.batch + 1} elements, one more "
-            f"than the requests that were planned, but it has {length}."
-        )
-    if num_splits.device != device:
-        raise messages.wrong_device(device, num_splits=num_splits)
-    if num_splits.strides[0] != 1 and length > 1:
-        raise messages.wrong_stride("num_splits", num_splits)
-
-
-def check_planning(
-    cache_seqlens: View,
-    num_q_tokens_per_head_k: Any,
-    num_heads_k: Any,
-    num_heads_q: Any = None,
-) -> None:
-    """Check the arguments of ``get_mla_metadata``.
-
-    Raises:
-        TypeError: cache_seqlens not int32, a count that is no integer.
-        ValueError: cache_seqlens not one contiguous axis, a count below 1, head counts that do not
-            divide.
-    """
-    if len(cache_seqlens.shape) != 1:
-        raise messages.wrong_rank("cache_seqlens", cache_seqlens, 1, _SEQLENS_AXES)
-    if cache_seqlens.dtype != "int32":
-        raise messages.not_int32("cache_seqlens", cache_seqlens)
-    if cache_seqlens.strides[0] != 1 and cache_seqlens.shape[0] > 1:
-        raise messages.wrong_stride("cache_seqlens", cache_seqlens)
-    _check_count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
-    _check_count(num_heads_k, "num_heads_k")
-    if num_heads_q is not None:
-        _check_count(num_heads_q, "num_heads_q")
-        if num_heads_q % num_heads_k:
-            raise ValueError(
-                f"num_heads_q must be a multiple of num_heads_k, but num_heads_q is {num_heads_q} "
-                f"and num_heads_k is {num_heads_k}."
-            )
-        if num_q_tokens_per_head_k % (num_heads_q // num_heads_k):
-            raise ValueError(
-                "num_q_tokens_per_head_k must be a multiple of the query heads a KV head, "
-                f"{num_heads_q // num_heads_k}, but it is {num_q_tokens_per_head_k}."
-            )
-
-
-def _check_count(value: Any, name: str) -> None:
-    if type(value) is not int:
-        value = messages.integer(value, name)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, but it is {value}.")

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, backends, checks, messages, metadata, recorded, reference, sm90
+from . import (
+    arrays,
+    backends,
+    checks,
+    messages,
+    metadata,
+    option_checks,
+    plan_checks,
+    recorded,
+    reference,
+    sm90,
+)
 from .arrays import View
 
 
@@ -90,7 +101,7 @@ def flash_mla_with_kvcache(
         )
         if done is not None:
             return done
-    checks.reject_unsupported(
+    option_checks.reject_unsupported(
         is_fp8_kvcache=is_fp8_kvcache,
         indices=indices,
         attn_sink=attn_sink,
@@ -99,7 +110,7 @@ def flash_mla_with_kvcache(
         topk_length=topk_length,
         extra_topk_length=extra_topk_length,
     )
-    causal = checks.check_flag(causal, "causal")
+    causal = option_checks.check_flag(causal, "causal")
     q_view = arrays.view(q, "q")
     k_view = arrays.view(k_cache, "k_cache")
     table_view = arrays.view(block_table, "block_table")
@@ -109,7 +120,7 @@ def flash_mla_with_kvcache(
     shape = checks.check_decode(
         q_view, k_view, table_view, lengths_view, head_dim_v, out_view, lse_view
     )
-    scale = checks.check_scale(softmax_scale, shape.head_dim)
+    scale = option_checks.check_scale(softmax_scale, shape.head_dim)
 
     on_hopper = backends.choose(q_view.device) == "sm90"
     if on_hopper:
@@ -180,7 +191,7 @@ def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seql
     view = arrays.view(plan, "tile_scheduler_metadata")
     splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")
     parts = metadata.num_parts(cache_seqlens, shape.rows_per_group, shape.heads_k)
-    checks.check_metadata(view, splits_view, shape, parts, cache_seqlens.device)
+    plan_checks.check_metadata(view, splits_view, shape, parts, cache_seqlens.device)
     if cache_seqlens.library != "dlpack":  # whose plans may be CuPy's or NumPy's
         for name, part in (("tile_scheduler_metadata", view), ("num_splits", splits_view)):
             if part is not None and part.library != cache_seqlens.library:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import arrays, backends, checks, schedule, sm90
+from . import arrays, backends, option_checks, plan_checks, schedule, sm90
 from .arrays import Device, View
 from .checks import DecodeShape
 
@@ -119,7 +119,7 @@ def get_mla_metadata(
         TypeError, ValueError: see the message; nothing has been launched.
         NotImplementedError: fp8 caches and top-k indices.
     """
-    if checks.check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
+    if option_checks.check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
         raise NotImplementedError("is_fp8_kvcache=True: an fp8 KV cache is not supported yet.")
     if topk is not None:
         raise NotImplementedError("topk: sparse attention over indices is not supported yet.")
@@ -148,5 +148,5 @@ def get_mla_metadata(
                 f"and num_heads_k together; {name} is missing."
             )
     lengths = arrays.view(cache_seqlens, "cache_seqlens")
-    checks.check_planning(lengths, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
+    plan_checks.check_planning(lengths, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
     return make_plan(lengths, int(num_q_tokens_per_head_k), int(num_heads_k))

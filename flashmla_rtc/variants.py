@@ -25,6 +25,8 @@ _LAUNCHING_PYTHON = (
     "interface.py",
     "maps.py",
     "metadata.py",
+    "option_checks.py",
+    "plan_checks.py",
     "recorded.py",
     "schedule.py",
     "schedule_pairs.py",

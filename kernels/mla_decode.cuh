@@ -206,7 +206,7 @@ __device__ __forceinline__ void init_barriers(Shared& shared, int warp) {
         init(shared.q_ready[note], Q_ARRIVALS);
         init(shared.sums_ready[note], WARPS);
     }
-    if (warp == 3) {  // one that has nothing else to do here
+    if (warp == 3) {  // which has nothing to do before this
         init(shared.q_empty, WARPS);
         init(shared.plan_ready, PLAN_ROW_INTS);
         init(shared.keys_asked, 1);
@@ -229,11 +229,8 @@ __device__ __forceinline__ void ask_for_small_inputs(const MlaDecodeParams& para
 }
 
 // The same for the first block of keys, by a plan, lengths and page numbers that the kernel before may still change. No harm is
-// done if it does: what has been brought to L2 in vain is not used. With one row block the parts ask one after the other, since all
-// at once they hold up the kernel before. Called by one thread.
+// done if it does: what has been brought to L2 in vain is not used. Called by one thread.
 __device__ __forceinline__ void ask_for_first_keys(const MlaDecodeParams& params) {
-    constexpr int ASK_TURNS = 16, ASK_CYCLES = 150;
-    if (gridDim.x == 1) spend_cycles(blockIdx.z % ASK_TURNS * ASK_CYCLES);
     const int* const at = params.plan + blockIdx.z * PLAN_ROW_INTS;
     auto word = [&](int i) { return load_from_other_blocks(at + i); };
     const PlanRow row = {word(0), word(1), word(2), word(3), 0, word(5), 0, 0};
@@ -250,6 +247,13 @@ __device__ __forceinline__ void ask_for_first_keys(const MlaDecodeParams& params
     for (int i = blockIdx.x; i <= PAIRS_A_BLOCK; i += gridDim.x) {  // row blocks share the work
         tma_prefetch_5d(&params.k_map, 0, 0, i * 2, blockIdx.y, page, policy);
     }
+}
+
+// With one row block the parts ask for their first keys in 16 turns, since all at once they hold up the kernel before. Called by one
+// warp, which waits as a whole (see elect_lane).
+__device__ __forceinline__ void await_turn_to_ask() {
+    constexpr int TURNS = 16, CYCLES_A_TURN = 150;
+    if (gridDim.x == 1) spend_cycles(blockIdx.z % TURNS * CYCLES_A_TURN);
 }
 
 // Everything before this overlaps the end of the kernel before; behind it the part's row of the plan is there.
@@ -290,7 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
 
     if (threadIdx.x < WARPGROUP) {
         shrink_registers<PRODUCER_REGISTERS>();
-        if (warp == 1 && elect_lane()) ask_for_first_keys(params);
+        if (warp == 1) {
+            await_turn_to_ask();
+            if (elect_lane()) ask_for_first_keys(params);
+        }
         start(params, shared);
         if (warp == 0) {
             if (elect_lane()) produce_k(params, shared);  // and nothing behind it in this warp: see elect_lane

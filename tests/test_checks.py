@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashmla_rtc import checks
+from flashmla_rtc import checks, option_checks, plan_checks
 from flashmla_rtc.arrays import Device, View, view
 from flashmla_rtc.checks import DecodeShape
 from flashmla_rtc.validation import validate_contents, validation_enabled
@@ -416,7 +416,7 @@ def test_cache_with_strides_that_tma_cannot_read(strides: tuple[int, ...]) -> No
     ],
 )
 def test_good_scales(scale: Any, expected: float) -> None:
-    result = checks.check_scale(scale, 576)
+    result = option_checks.check_scale(scale, 576)
     assert type(result) is float
     assert result == expected
 
@@ -441,12 +441,12 @@ def test_good_scales(scale: Any, expected: float) -> None:
     ],
 )
 def test_bad_scales(scale: Any, error: type[Exception], words: list[str]) -> None:
-    expect(error, words, lambda: checks.check_scale(scale, 576))
+    expect(error, words, lambda: option_checks.check_scale(scale, 576))
 
 
 def test_flags() -> None:
     for value in (True, False, np.True_, np.False_):
-        result = checks.check_flag(value, "causal")
+        result = option_checks.check_flag(value, "causal")
         assert type(result) is bool
         assert result == value
 
@@ -454,7 +454,7 @@ def test_flags() -> None:
 @pytest.mark.parametrize("value", [None, 0, 1, 0.125, "yes", np.array(True), np.ones(3)])
 def test_bad_flags(value: Any) -> None:
     words = ["causal must be True or False", type(value).__name__]
-    expect(TypeError, words, lambda: checks.check_flag(value, "causal"))
+    expect(TypeError, words, lambda: option_checks.check_flag(value, "causal"))
 
 
 # -- what is not supported ------------------------------------------------------------------------
@@ -471,8 +471,8 @@ NOTHING: dict[str, Any] = {
 
 
 def test_nothing_unsupported() -> None:
-    checks.reject_unsupported(**NOTHING)
-    checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": np.False_})
+    option_checks.reject_unsupported(**NOTHING)
+    option_checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": np.False_})
 
 
 @pytest.mark.parametrize("name", [name for name in NOTHING if name != "is_fp8_kvcache"])
@@ -480,7 +480,9 @@ def test_unsupported_arguments(name: str) -> None:
     value = make_view((3, 2, 64), "int32")
     words = [f"{name} is not supported yet", f"leave {name} at None"]
     expect(
-        NotImplementedError, words, lambda: checks.reject_unsupported(**{**NOTHING, name: value})
+        NotImplementedError,
+        words,
+        lambda: option_checks.reject_unsupported(**{**NOTHING, name: value}),
     )
 
 
@@ -489,7 +491,7 @@ def test_unsupported_fp8(value: Any) -> None:
     expect(
         NotImplementedError,
         ["is_fp8_kvcache=True is not supported yet", "fp8 KV cache"],
-        lambda: checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": value}),
+        lambda: option_checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": value}),
     )
 
 
@@ -497,7 +499,7 @@ def test_fp8_flag_of_a_wrong_type() -> None:
     expect(
         TypeError,
         ["is_fp8_kvcache must be True or False", "None"],
-        lambda: checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": None}),
+        lambda: option_checks.reject_unsupported(**{**NOTHING, "is_fp8_kvcache": None}),
     )
 
 
@@ -520,7 +522,7 @@ SPLITS = make_view((4,), "int32")
     ],
 )
 def test_good_plans(metadata: View, splits: View | None, parts: int) -> None:
-    checks.check_metadata(metadata, splits, SHAPE, parts, GPU)
+    plan_checks.check_metadata(metadata, splits, SHAPE, parts, GPU)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +557,7 @@ def test_good_plans(metadata: View, splits: View | None, parts: int) -> None:
 def test_bad_plans(
     metadata: View, splits: View, error: type[Exception], words: list[str]
 ) -> None:  # fmt: skip
-    expect(error, words, lambda: checks.check_metadata(metadata, splits, SHAPE, 132, GPU))
+    expect(error, words, lambda: plan_checks.check_metadata(metadata, splits, SHAPE, 132, GPU))
 
 
 LENGTHS = make_view((3,), "int32")
@@ -573,7 +575,7 @@ LENGTHS = make_view((3,), "int32")
     ],
 )
 def test_good_planning(arguments: tuple[Any, ...]) -> None:
-    checks.check_planning(*arguments)
+    plan_checks.check_planning(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -599,7 +601,7 @@ def test_good_planning(arguments: tuple[Any, ...]) -> None:
 def test_bad_planning(
     arguments: tuple[Any, ...], error: type[Exception], words: list[str]
 ) -> None:  # fmt: skip
-    expect(error, words, lambda: checks.check_planning(*arguments))
+    expect(error, words, lambda: plan_checks.check_planning(*arguments))
 
 
 # -- the debug switch -----------------------------------------------------------------------------
