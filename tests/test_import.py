@@ -65,6 +65,12 @@ def output(code: str, cwd: Path, **environment: object) -> str:
     return result.stdout
 
 
+def seconds_of_children() -> float:
+    """Processor time of the processes that this one has waited for."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 DECODE_ON_THE_CPU = """
 import numpy as np
 import flashmla_rtc
@@ -98,11 +104,11 @@ def test_importing_compiling_and_decoding_on_the_cpu_call_no_driver(tmp_path: Pa
 @needs_bindings
 def test_a_cold_import_says_what_it_does_and_the_next_says_nothing(tmp_path: Path) -> None:
     place = tmp_path / "kernels"
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), seconds_of_children()
     cold = run("import flashmla_rtc", tmp_path, FLASHMLA_RTC_CACHE_DIR=place)
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, seconds_of_children() - busy
     assert (cold.returncode, cold.stdout) == (0, "")
-    assert seconds < 20  # on two cores
+    assert busy < 20  # of processors, whatever else keeps the machine busy; two of them share it
     count = len(variants.default_variants())
     assert len(list(place.iterdir())) == count
     if cold.stderr or seconds > 3:  # it speaks when compiling takes more than a second
