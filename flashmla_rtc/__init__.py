@@ -20,13 +20,14 @@ import contextlib as _contextlib
 from . import variants as _variants
 from ._version import __version__
 from .interface import flash_mla_with_kvcache, prepare
-from .metadata import FlashMLASchedMeta, get_mla_metadata
+from .metadata import FlashMLASchedMeta, get_mla_metadata, num_sm_parts
 
 __all__ = [
     "FlashMLASchedMeta",
     "__version__",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "num_sm_parts",
     "prepare",
 ]
 

@@ -15,6 +15,7 @@ from . import (
     recorded,
     reference,
     sm90,
+    torch_modes,
 )
 from .arrays import View
 
@@ -45,7 +46,8 @@ def flash_mla_with_kvcache(
     A key's first ``head_dim_v`` numbers are its value. Arrays may come from torch, CuPy, JAX, NumPy
     or anything that speaks DLPack, all from one library; results come back in it. On a Hopper GPU
     the kernels run on the arrays' device and the library's current stream, without waiting for
-    either; elsewhere the reference backend computes the same.
+    either; elsewhere the reference backend computes the same. In a program that torch compiles the
+    call is one operator (``flashmla_rtc.integrations.torch``).
 
     Args:
         q: (batch, seq_len_q, heads_q, head_dim), bfloat16 or float16; last dimension contiguous.
@@ -75,10 +77,14 @@ def flash_mla_with_kvcache(
     Raises:
         TypeError, ValueError: an argument is wrong; the message says which, what came and what was
             expected. Nothing has been launched.
-        NotImplementedError: a feature that is not there yet, by name.
+        NotImplementedError: a feature that is not there yet, by name. There is no backward pass:
+            it is raised when one runs, and a RuntimeError already here where ``out`` or ``lse`` is
+            given and torch would have to follow what is written into it.
     """
+    is_compiling = torch_modes.is_compiling()
     if (
-        is_fp8_kvcache is False
+        not is_compiling
+        and is_fp8_kvcache is False
         and indices is None
         and attn_sink is None
         and extra_k_cache is None
@@ -111,6 +117,24 @@ def flash_mla_with_kvcache(
         extra_topk_length=extra_topk_length,
     )
     causal = option_checks.check_flag(causal, "causal")
+    if is_compiling or torch_modes.sees(q, k_cache):
+        from .integrations import torch as operators
+
+        if softmax_scale is not None:
+            softmax_scale = option_checks.check_scale(softmax_scale, 1)
+        return operators.decode(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale,
+            causal,
+            out,
+            lse,
+        )
     q_view = arrays.view(q, "q")
     k_view = arrays.view(k_cache, "k_cache")
     table_view = arrays.view(block_table, "block_table")
@@ -190,7 +214,7 @@ def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seql
         plan, num_splits = holder.plan_for(shape, cache_seqlens), holder.num_splits
     view = arrays.view(plan, "tile_scheduler_metadata")
     splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")
-    parts = metadata.num_parts(cache_seqlens, shape.rows_per_group, shape.heads_k)
+    parts = metadata.num_parts(cache_seqlens.device, shape.rows_per_group, shape.heads_k)
     plan_checks.check_metadata(view, splits_view, shape, parts, cache_seqlens.device)
     if cache_seqlens.library != "dlpack":  # whose plans may be CuPy's or NumPy's
         for name, part in (("tile_scheduler_metadata", view), ("num_splits", splits_view)):

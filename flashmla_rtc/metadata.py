@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import arrays, backends, option_checks, plan_checks, schedule, sm90
+from . import (
+    arrays,
+    backends,
+    option_checks,
+    plan_checks,
+    schedule,
+    sm90,
+    torch_modes,
+)
 from .arrays import Device, View
 from .checks import DecodeShape
 
@@ -64,10 +72,28 @@ def made_for(shape: DecodeShape, device: Device) -> tuple[Any, ...]:
     return shape.batch, shape.seq_len_q, shape.heads_q, shape.heads_k, device
 
 
-def num_parts(cache_seqlens: View, rows_per_group: int, heads_k: int) -> int:
-    """Rows of a plan on the device of ``cache_seqlens``."""
-    if backends.choose(cache_seqlens.device) == "sm90":
-        return sm90.num_parts(cache_seqlens.device.index, rows_per_group, heads_k)
+def num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
+    """Rows of the plans that ``get_mla_metadata`` makes on ``device``, whatever the batch.
+
+    For buffers that are made before there are lengths, such as those of a captured graph.
+
+    Args:
+        device: as in :func:`flashmla_rtc.prepare`.
+        num_q_tokens_per_head_k: query rows of one KV head: seq_len_q * heads_q // heads_k.
+        num_heads_k: KV heads.
+
+    Raises:
+        TypeError, ValueError: see the message.
+    """
+    plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k)
+    where = arrays.device_named(device)
+    return num_parts(where, int(num_q_tokens_per_head_k), int(num_heads_k))
+
+
+def num_parts(device: Device, rows_per_group: int, heads_k: int) -> int:
+    """Rows of a plan on ``device``."""
+    if backends.choose(device) == "sm90":
+        return sm90.num_parts(device.index, rows_per_group, heads_k)
     return CPU_PARTS
 
 
@@ -119,7 +145,7 @@ def get_mla_metadata(
         TypeError, ValueError: see the message; nothing has been launched.
         NotImplementedError: fp8 caches and top-k indices.
     """
-    if option_checks.check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
+    if is_fp8_kvcache is not False and option_checks.check_flag(is_fp8_kvcache, "is_fp8_kvcache"):
         raise NotImplementedError("is_fp8_kvcache=True: an fp8 KV cache is not supported yet.")
     if topk is not None:
         raise NotImplementedError("topk: sparse attention over indices is not supported yet.")
@@ -147,6 +173,11 @@ def get_mla_metadata(
                 "get_mla_metadata takes no arguments, or cache_seqlens, num_q_tokens_per_head_k "
                 f"and num_heads_k together; {name} is missing."
             )
+    if torch_modes.is_compiling() or torch_modes.is_fake(cache_seqlens):
+        from .integrations import torch as operators
+
+        plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k)
+        return operators.plan(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     lengths = arrays.view(cache_seqlens, "cache_seqlens")
     plan_checks.check_planning(lengths, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
     return make_plan(lengths, int(num_q_tokens_per_head_k), int(num_heads_k))

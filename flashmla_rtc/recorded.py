@@ -147,7 +147,7 @@ def key_of(
             if type(tensor) is tensor_class:
                 # Where a tensor is contiguous its shape says all, but for strides never used.
                 stride = tensor.is_contiguous() or tensor.stride()
-                if tensor.is_neg():
+                if tensor.is_neg() or tensor.requires_grad:
                     return None
                 looks.append((tensor.shape, stride, tensor.dtype, tensor.get_device()))
             elif tensor is None:

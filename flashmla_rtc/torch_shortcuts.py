@@ -29,6 +29,7 @@ def found() -> tuple[Any, Any]:
             make(3, 2).t(),
             make(2, 3, dtype=torch.int32),
             make(2, 3, device="meta"),
+            make(2, 3, requires_grad=True),
             torch.nn.Parameter(make(2, 3), requires_grad=False),
         )
         if check(make(2, 3), make(4)) is True and not any(

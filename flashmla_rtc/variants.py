@@ -31,6 +31,7 @@ _LAUNCHING_PYTHON = (
     "schedule.py",
     "schedule_pairs.py",
     "sm90.py",
+    "torch_modes.py",
     "torch_shortcuts.py",
     "variants.py",
     "workspace.py",

@@ -1,0 +1,244 @@
+"""The calls as operators of torch: for ``torch.compile``, ``torch.export``, autograd and autocast.
+
+Nobody has to call them. ``flash_mla_with_kvcache`` and ``get_mla_metadata`` become these operators
+wherever torch compiles a program, works with fake tensors or keeps track of gradients; a plain call
+is launched without torch's dispatcher, in less host time. Programs that were exported name them, so
+import this module before such a program is loaded.
+
+* ``flashmla_rtc::mla_decode``: ``flash_mla_with_kvcache`` with new results.
+* ``flashmla_rtc::mla_decode_out``: the same into ``out`` and ``lse``.
+* ``flashmla_rtc::mla_metadata``: ``get_mla_metadata`` of lengths and head counts.
+
+Results are repeatable to the bit, so that they are the same with
+``torch.use_deterministic_algorithms``. In a region of ``torch.autocast`` queries take the dtype of
+the cache, which is never converted. There is no backward pass: asking for one raises
+NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashmla_rtc
+
+_library = torch.library.Library("flashmla_rtc", "DEF")
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
+    "Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None, float? softmax_scale=None, "
+    "bool causal=False"
+)
+# Inputs have to keep the strides that they have in the program: the last dimension is contiguous.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+
+
+def _define(schema: str) -> Any:
+    """Makes a function the operator of this schema, on every device."""
+
+    def register(function: Any) -> Any:
+        _library.define(schema, tags=_TAGS)
+        name = schema.partition("(")[0]
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.flashmla_rtc, name).default
+
+    return register
+
+
+# -- operators -------------------------------------------------------------------------------------
+
+
+@_define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+def mla_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return flashmla_rtc.flash_mla_with_kvcache(*_without_options(*arguments))
+
+
+@_define(f"mla_decode_out({_ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()")
+def mla_decode_out(*arguments: Any, out: Tensor, lse: Tensor) -> None:
+    flashmla_rtc.flash_mla_with_kvcache(*_without_options(*arguments), out=out, lse=lse)
+
+
+@_define("mla_metadata(Tensor cache_seqlens, int rows_per_group, int heads_k) -> (Tensor, Tensor)")
+def mla_metadata(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
+    return flashmla_rtc.get_mla_metadata(cache_seqlens, rows_per_group, heads_k)
+
+
+@_define("mla_decode_backward(Tensor gradient, Tensor q, Tensor k_cache) -> (Tensor, Tensor)")
+def mla_decode_backward(gradient: Tensor, q: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError(
+        "flash_mla_with_kvcache has no backward pass: it decodes, and gradients were asked for "
+        "through it. Call it under torch.no_grad(), or train with an attention that has one."
+    )
+
+
+def _without_options(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor | None = None,
+    num_splits: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[Any, ...]:
+    """All arguments of an operator, for torch leaves out those that have their defaults."""
+    return (
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+    )
+
+
+# -- what they make, for tensors without elements --------------------------------------------------
+
+
+@torch.library.register_fake("flashmla_rtc::mla_decode", lib=_library)
+def _(q: Tensor, k_cache: Tensor, _table: Any, _lengths: Any, head_dim_v: int, *_: Any) -> Any:
+    for name, tensor in (("q", q), ("k_cache", k_cache)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions, but its shape is {tuple(tensor.shape)}."
+            )
+    batch, seq_len_q, heads_q, _ = q.shape
+    out = q.new_empty((batch, seq_len_q, heads_q, head_dim_v))
+    return out, q.new_empty((batch, heads_q, seq_len_q), dtype=torch.float32)
+
+
+@torch.library.register_fake("flashmla_rtc::mla_decode_out", lib=_library)
+def _(*arguments: Any, **results: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("flashmla_rtc::mla_metadata", lib=_library)
+def _(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
+    parts = flashmla_rtc.num_sm_parts(cache_seqlens.device, rows_per_group, heads_k)
+    plan = cache_seqlens.new_empty((parts, 8), dtype=torch.int32)
+    return plan, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32)
+
+
+@torch.library.register_fake("flashmla_rtc::mla_decode_backward", lib=_library)
+def _(gradient: Tensor, q: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k_cache)
+
+
+# -- gradients and autocast ------------------------------------------------------------------------
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.inputs = len(inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+    """An operator of its own, so that a program with a backward pass can be compiled; only running
+    that pass is an error.
+    """
+    gradients = torch.ops.flashmla_rtc.mla_decode_backward(gradient, *ctx.saved_tensors)
+    return (*gradients, *[None] * (ctx.inputs - 2))
+
+
+torch.library.register_autograd(
+    "flashmla_rtc::mla_decode", _backward, setup_context=_keep_for_backward, lib=_library
+)
+
+
+def _like_the_cache(operator: Any, key: str) -> None:
+    """Have ``operator`` take queries of another precision where autocast is on."""
+    without = torch._C._ExcludeDispatchKeyGuard
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(q: Tensor, k_cache: Tensor, *arguments: Any, **results: Any) -> Any:
+        with without(keys):
+            return operator(in_autocast(q, k_cache), k_cache, *arguments, **results)
+
+    _library.impl(operator.name().partition("::")[2], call, key)
+
+
+def in_autocast(q: Tensor, k_cache: Tensor) -> Tensor:
+    """``q`` in the dtype of ``k_cache`` where both are floats that autocast converts."""
+    halves = (torch.bfloat16, torch.float16)
+    if q.dtype != k_cache.dtype and q.dtype in (torch.float32, *halves) and k_cache.dtype in halves:
+        return q.to(k_cache.dtype)
+    return q
+
+
+for _operator in (mla_decode, mla_decode_out):
+    for _key in ("AutocastCUDA", "AutocastCPU"):
+        _like_the_cache(_operator, _key)
+
+
+# -- the plain calls, where torch has to see them --------------------------------------------------
+
+
+def plan(cache_seqlens: Any, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
+    """``get_mla_metadata`` in a program that torch compiles."""
+    return mla_metadata(cache_seqlens, rows_per_group, heads_k)
+
+
+def decode(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    metadata: Any,
+    num_splits: Any,
+    softmax_scale: float | None,
+    causal: bool,
+    out: Any,
+    lse: Any,
+) -> tuple[Tensor, Tensor]:
+    """``flash_mla_with_kvcache`` in a program that torch compiles or differentiates.
+
+    A ``FlashMLASchedMeta`` is filled here if it is empty. Whether it belongs to this configuration
+    is seen by the operator, which checks its shapes.
+
+    Raises:
+        RuntimeError: ``out`` or ``lse`` together with inputs whose gradient is asked for.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor in a program that torch compiles, but it is "
+                f"{type(tensor).__name__}."
+            )
+    if isinstance(metadata, flashmla_rtc.FlashMLASchedMeta):
+        if num_splits is not None:
+            raise ValueError(
+                "num_splits must be None when tile_scheduler_metadata is a FlashMLASchedMeta, "
+                "which holds its own."
+            )
+        if metadata.tile_scheduler_metadata is None:
+            heads_k = k_cache.shape[2]
+            rows = q.shape[1] * q.shape[2] // heads_k
+            made = mla_metadata(cache_seqlens, rows, heads_k)
+            metadata.tile_scheduler_metadata, metadata.num_splits = made
+        metadata, num_splits = metadata.tile_scheduler_metadata, metadata.num_splits
+    inputs = (q, k_cache, block_table, cache_seqlens, head_dim_v, metadata, num_splits)
+    if out is None and lse is None:
+        return mla_decode(*inputs, softmax_scale, causal)
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
+        raise RuntimeError(
+            "out and lse can't be given when q or k_cache requires a gradient: torch can't follow "
+            "what is written into a tensor that is there. Leave them out, or call under "
+            "torch.no_grad()."
+        )
+    batch, seq_len_q, heads_q, _ = q.shape
+    if out is None:
+        out = q.new_empty((batch, seq_len_q, heads_q, head_dim_v))
+    if lse is None:
+        lse = q.new_empty((batch, heads_q, seq_len_q), dtype=torch.float32)
+    mla_decode_out(*inputs, softmax_scale, causal, out=out, lse=lse)
+    return out, lse
