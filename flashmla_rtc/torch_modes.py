@@ -54,3 +54,19 @@ def is_fake(array: Any) -> bool:
     """Whether ``array`` is one of torch's tensors that only have a shape, a dtype and a device."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
     return isinstance(fake, type) and isinstance(array, fake)
+
+
+def records_graphs_on(stream: int, device: int) -> bool:
+    """Whether ``stream`` is the one on which ``torch.compile`` warms up and records CUDA graphs.
+
+    torch does not document how to ask. Where it can't be asked, the answer is no, and torch itself
+    refuses to record a graph in whose memory somebody keeps a workspace.
+    """
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(device, create_if_none_exists=False)
+        return manager is not None and manager.stream.cuda_stream == stream
+    except Exception:
+        return False

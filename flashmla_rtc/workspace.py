@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from . import arrays, geometry
+from . import arrays, geometry, torch_modes
 from .arrays import View
 from .rtc.kernel import allowed_while_capturing, call, driver, on_device
 
@@ -71,15 +71,19 @@ def room(like: View, places: Layout, stream: int, capture: int) -> Workspace:
     Eager calls on one stream (``capture`` 0) share one: they run one after the other. So do the
     calls that one stream captures. What torch captures lies in the graph's own pool, and the graph
     sets it to zero at every replay, since others may use the pool in between; what others share is
-    kept for the life of the process.
+    kept for the life of the process. So is that of the graphs of ``torch.compile``: they run one
+    after the other and let nobody keep memory of their pool.
     """
     library = "torch" if like.library == "torch" else "other"
+    lasts = library == "other"
+    if not lasts and torch_modes.records_graphs_on(stream, like.device.index):
+        lasts, capture = True, 0
     # The per-thread default stream has one handle for as many streams as there are threads.
     thread = threading.get_ident() if stream == _PER_THREAD else 0
     key = (library, like.device.index, stream, thread, places.kind, capture)
     found = _kept.get(key)
     if found is None:
-        make = _from_torch if library == "torch" else _lasting
+        make = _lasting if lasts else _from_torch
         made = make(like, places.size, stream)
         with _lock:
             found = _kept.setdefault(key, made)

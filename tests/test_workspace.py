@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -124,6 +125,26 @@ def test_threads_have_their_own_per_thread_default_stream() -> None:
 def test_it_is_made_on_the_device_of_the_arrays(driver: Driver) -> None:
     room("torch", index=3)
     assert [memory.device for memory in driver.arrays] == [Device("cuda", 3)]
+
+
+def test_graphs_of_compiled_programs_share_memory_outside_their_pool(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_manager(device: int, create_if_none_exists: bool) -> Any:
+        assert not create_if_none_exists
+        return SimpleNamespace(stream=SimpleNamespace(cuda_stream=7)) if device == 0 else None
+
+    trees = SimpleNamespace(get_manager=get_manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    warm_up, *captured = (room(stream=7, capture=number) for number in (0, 1, 2))
+    assert captured == [warm_up, warm_up]
+    assert warm_up.owner is None
+    assert not driver.arrays
+    assert room(stream=8, capture=3).owner is not None  # as ever
+    assert room(index=1, stream=7, capture=3).owner is not None
+
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", SimpleNamespace())
+    assert room(index=2, stream=7, capture=3).owner is not None  # torch has changed
 
 
 def test_torch_has_its_own_memory_and_all_others_share() -> None:
