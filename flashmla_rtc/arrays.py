@@ -193,8 +193,8 @@ def _view_dlpack(array: Any, name: str) -> View:
             return _view_numpy(np.from_dlpack(array), "dlpack", array)
         except (TypeError, BufferError, RuntimeError) as error:
             hint = (
-                " NumPy takes no bfloat16 over DLPack: pass a torch tensor, a JAX array, or a NumPy "
-                "array whose dtype is the bfloat16 of the package ml_dtypes."
+                " NumPy takes no bfloat16 over DLPack: pass a torch tensor, a JAX array, or a "
+                "NumPy array whose dtype is the bfloat16 of the package ml_dtypes."
             )
             raise _not_taken(array, name, error, hint) from error
     raise TypeError(f"{name} lives on DLPack device type {kind}; CPU and CUDA arrays are taken.")
