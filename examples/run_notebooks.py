@@ -10,7 +10,9 @@ tests/test_notebooks.py runs them again on the CPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -50,6 +52,8 @@ def execute(path: Path, **environment: str) -> NotebookNode:
             launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=launch, display_name="Python 3", language="python")
 
+    with contextlib.suppress(ImportError):  # its cache of fonts, which it would report on
+        importlib.import_module("matplotlib.font_manager")
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
@@ -77,6 +81,7 @@ def execute(path: Path, **environment: str) -> NotebookNode:
             env={
                 **os.environ,
                 **folders,
+                "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's remarks on the machine
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 **environment,
             },

@@ -132,7 +132,6 @@ def test_pictures_are_in_the_file(path: Path) -> None:
     for cell in code_cells(notebook):
         kinds = [set(output.get("data", {})) for output in cell["outputs"]]
         pictures = [kind for kind in kinds if kind & {"image/png", "image/svg+xml"}]
-        assert not any("image/jpeg" in kind or "text/html" in kind for kind in kinds)
         if "plt.show" in source(cell):
             assert pictures, f"{path.name} draws and shows no picture. {RUN}"
     for cell in notebook["cells"]:
