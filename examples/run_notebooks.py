@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CELL_SECONDS = 300
-PACKAGES = ("flashmla_rtc", "numpy", "torch", "jax", "matplotlib", "cuda-bindings")
+PACKAGES = (
+    "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "jax", "matplotlib", "cuda-bindings",
+)  # fmt: skip
 
 
 def execute(path: Path, **environment: str) -> NotebookNode:
@@ -91,13 +93,18 @@ def execute(path: Path, **environment: str) -> NotebookNode:
 
 def where() -> dict[str, Any]:
     """What a run is worth knowing of: device, date, versions, and the digest of the kernels."""
+    import flashmla_rtc
     from flashmla_rtc import variants
 
     return {
         "device": device(),
         "digest": variants.sources_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {
+            "python": platform.python_version(),
+            "flashmla_rtc": flashmla_rtc.__version__,
+            **versions(),
+        },
     }
 
 
@@ -122,7 +129,7 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     found = {}
-    for package in (*PACKAGES, "cupy-cuda13x", "cupy-cuda12x"):
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -145,6 +152,7 @@ def tidy(notebook: NotebookNode) -> None:
 def main() -> None:
     import nbformat
 
+    sys.path.insert(0, str(ROOT))  # this clone's package, installed or not
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks of this folder; all if none is given")
     names = parser.parse_args().names
