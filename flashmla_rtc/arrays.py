@@ -161,6 +161,14 @@ def _view_numpy(array: np.ndarray, library: str, source: Any) -> View:
 
 
 def _view_jax(array: Any, name: str) -> View:
+    from jax.core import Tracer
+
+    if isinstance(array, Tracer):
+        raise TypeError(
+            f"{name} is a JAX tracer, which has a shape and no numbers: a kernel that is launched "
+            "from Python can't be part of jax.jit, jax.grad or jax.vmap. Call it outside of them, "
+            "on arrays; what comes before and after it may be jitted."
+        )
     devices = array.devices()
     if len(devices) != 1:
         raise TypeError(
@@ -184,7 +192,11 @@ def _view_dlpack(array: Any, name: str) -> View:
         try:
             return _view_numpy(np.from_dlpack(array), "dlpack", array)
         except (TypeError, BufferError, RuntimeError) as error:
-            raise TypeError(f"{name} could not be taken over DLPack: {error}.") from error
+            hint = (
+                " NumPy takes no bfloat16 over DLPack: pass a torch tensor, a JAX array, or a "
+                "NumPy array whose dtype is the bfloat16 of the package ml_dtypes."
+            )
+            raise _not_taken(array, name, error, hint) from error
     raise TypeError(f"{name} lives on DLPack device type {kind}; CPU and CUDA arrays are taken.")
 
 
@@ -200,12 +212,14 @@ def _cupy_from_dlpack(array: Any, name: str) -> Any:
         with cupy.cuda.Device(int(array.__dlpack_device__()[1])):
             return cupy.from_dlpack(array)
     except (TypeError, BufferError, RuntimeError) as error:
-        hint = (
-            " CuPy needs the package ml_dtypes and NumPy >= 2.1.2 for bfloat16."
-            if "bfloat16" in str(getattr(array, "dtype", "")) + str(error)
-            else ""
-        )
-        raise TypeError(f"{name} could not be taken over DLPack: {error}.{hint}") from error
+        hint = " CuPy needs the package ml_dtypes and NumPy >= 2.1.2 for bfloat16."
+        raise _not_taken(array, name, error, hint) from error
+
+
+def _not_taken(array: Any, name: str, error: Exception, about_bfloat16: str) -> TypeError:
+    said = f"{getattr(array, 'dtype', '')} {error}".lower()
+    hint = about_bfloat16 if "bfloat16" in said or "unsupported dtype" in said else ""
+    return TypeError(f"{name} could not be taken over DLPack: {str(error).rstrip('.')}.{hint}")
 
 
 def empty(like: View, shape: tuple[int, ...], dtype: str) -> Any:

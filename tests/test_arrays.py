@@ -230,6 +230,18 @@ def test_results_for_jax_are_jax_arrays(jnp: Any) -> None:
     assert arrays.to_numpy(view(made, "made")).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("transform", ["jit", "grad", "vmap"])
+def test_a_jax_tracer_is_told_where_to_call(jnp: Any, transform: str) -> None:
+    jax = pytest.importorskip("jax")
+
+    def traced(array: Any) -> Any:
+        view(array, "q")
+        return array.sum()
+
+    with pytest.raises(TypeError, match=r"^q is a JAX tracer.*outside of them, on arrays;"):
+        getattr(jax, transform)(traced)(jnp.ones((2, 3)))
+
+
 # -- anything with __dlpack__ ---------------------------------------------------------------------
 
 
@@ -320,6 +332,26 @@ def test_an_import_that_fails_names_the_argument(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "cupy", FakeCupy(TypeError("bfloat16 is unknown")))
     with pytest.raises(TypeError, match=r"bfloat16 is unknown.*ml_dtypes"):
         view(OnDevice(2), "q")
+
+
+def test_bfloat16_without_ml_dtypes_over_dlpack(
+    torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CuPy 14 says on a GPU, and NumPy on a CPU, with what helps in each case."""
+    refusal = NotImplementedError("CuPy does not support bfloat16. Please install ml_dtypes.")
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(refusal))
+    with pytest.raises(TypeError) as caught:
+        view(OnDevice(2), "k_cache")
+    assert str(caught.value) == (
+        "k_cache could not be taken over DLPack: CuPy does not support bfloat16. Please install "
+        "ml_dtypes. CuPy needs the package ml_dtypes and NumPy >= 2.1.2 for bfloat16."
+    )
+    with pytest.raises(TypeError) as caught:
+        view(Exported(torch.zeros(3, dtype=torch.bfloat16)), "k_cache")
+    said = str(caught.value)
+    assert said.startswith("k_cache could not be taken over DLPack: ")
+    assert said.endswith("or a NumPy array whose dtype is the bfloat16 of the package ml_dtypes.")
+    assert ".." not in said
 
 
 # -- CuPy's own arrays ----------------------------------------------------------------------------

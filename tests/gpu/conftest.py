@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from verification import Ledger, why_not
@@ -65,3 +66,20 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus == 0 and REASON is None and not config.option.collectonly and not workers:
         narrowed = bool(config.option.keyword or config.option.markexpr)
         config.stash[LEDGER].write_if_complete(given, narrowed)
+
+
+@pytest.fixture
+def cupy() -> Any:
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def jax_on_gpu() -> Iterator[Any]:
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("cupy")
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        pytest.skip(f"JAX has no GPU backend here: {error}")
+    with jax.default_device(device):
+        yield jax

@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problem import (
-    DEVICE,
-    HEAD_DIM_V,
-    Problem,
-    assert_matches,
-    assert_same_bits,
-    check,
-    make,
-    relative_error,
+from conversions import (
+    CYCLES,
+    Boxed,
+    assert_torch_bits,
+    decode,
+    problem,
+    raw,
+    tensors,
+    to_cupy,
+    to_jax,
 )
+from problem import DEVICE, HEAD_DIM_V, assert_matches, assert_same_bits, check, relative_error
 
 import flashmla_rtc
 
-LENGTHS = [1000, 0, 64, 5000, 65]
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"]
 )
-CYCLES = 100_000_000  # about 60 ms
-
-
-def problem(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Problem:
-    return make(LENGTHS, seq_len_q=2, dtype=dtype, causal=True, seed=seed)
-
-
-def tensors(call: Problem) -> tuple[torch.Tensor, ...]:
-    return call.q, call.k_cache, call.block_table, call.cache_seqlens
-
-
-def decode(arrays: tuple[Any, ...], **changes: Any) -> tuple[Any, Any]:
-    """Plan and decode with arrays of any library."""
-    plan = flashmla_rtc.get_mla_metadata(arrays[3], 2 * 16, 1)
-    result: tuple[Any, Any] = flashmla_rtc.flash_mla_with_kvcache(
-        *arrays, HEAD_DIM_V, *plan, causal=True, **changes
-    )
-    return result
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16 if array.itemsize == 2 else np.uint32)
-
-
-def assert_torch_bits(result: tuple[np.ndarray, np.ndarray], expected: Any) -> None:
-    """Results brought to NumPy are those that torch tensors got, bit by bit."""
-    for array, tensor in zip(result, expected, strict=True):
-        integer = torch.int16 if tensor.element_size() == 2 else torch.int32
-        true = tensor.contiguous().view(integer).cpu().numpy()
-        assert np.array_equal(bits(np.ascontiguousarray(array)), bits(true))
-
-
-@pytest.fixture
-def cupy() -> Any:
-    return pytest.importorskip("cupy")
-
-
-def raw(array: Any) -> Any:
-    """The bits of a CuPy array, for copies that need not know its dtype."""
-    return array.view(f"uint{8 * array.itemsize}")
-
-
-def to_cupy(cupy: Any, call: Problem) -> tuple[Any, ...]:
-    """Copies, so that CuPy owns them."""
-    torch.cuda.synchronize()
-    copies = tuple(cupy.from_dlpack(tensor).copy() for tensor in tensors(call))
-    cupy.cuda.Device().synchronize()
-    return copies
 
 
 @DTYPES
@@ -154,19 +106,6 @@ def test_two_cupy_streams_at_once(cupy: Any) -> None:
             assert_torch_bits((out.get(), lse.get()), expected[i])
 
 
-class Boxed:
-    """An array that only speaks DLPack."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.tensor.__dlpack_device__()
-
-
 class Namespace:
     """What an array's ``__array_namespace__`` gives, as far as it is needed here."""
 
@@ -204,31 +143,6 @@ def test_an_array_library_gets_its_own_arrays_back(cupy: Any) -> None:
     assert isinstance(lse, BoxedWithNamespace)
     torch.cuda.synchronize()
     assert_same_bits((out.tensor, lse.tensor), check(call))
-
-
-@pytest.fixture
-def jax_on_gpu() -> Iterator[Any]:
-    jax = pytest.importorskip("jax")
-    pytest.importorskip("cupy")
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError as error:
-        pytest.skip(f"JAX has no GPU backend here: {error}")
-    with jax.default_device(device):
-        yield jax
-
-
-def to_jax(jax: Any, call: Problem) -> tuple[Any, ...]:
-    """JAX arrays with memory of their own."""
-    torch.cuda.synchronize()
-    copies = []
-    for tensor in tensors(call):
-        if tensor.dtype is torch.bfloat16:
-            host = tensor.view(torch.int16).cpu().numpy().view(jax.numpy.bfloat16)
-        else:
-            host = tensor.cpu().numpy()
-        copies.append(jax.numpy.asarray(host))
-    return tuple(copies)
 
 
 @pytest.mark.allowed_skip
