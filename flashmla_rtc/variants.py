@@ -22,6 +22,7 @@ _LAUNCHING_PYTHON = (
     "backends.py",
     "checks.py",
     "geometry.py",
+    "integrations/torch.py",
     "interface.py",
     "maps.py",
     "metadata.py",

@@ -133,7 +133,8 @@ def numpy_problem() -> Problem:
 
 def test_the_public_names() -> None:
     assert set(flashmla_rtc.__all__) == {
-        "FlashMLASchedMeta", "__version__", "flash_mla_with_kvcache", "get_mla_metadata", "prepare",
+        "FlashMLASchedMeta", "__version__", "flash_mla_with_kvcache", "get_mla_metadata",
+        "num_sm_parts", "prepare",
     }  # fmt: skip
     for name in flashmla_rtc.__all__:
         assert getattr(flashmla_rtc, name) is not None
