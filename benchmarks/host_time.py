@@ -2,7 +2,7 @@
 
 python benchmarks/host_time.py RESULTS.json
 
-Needs torch and a Hopper GPU. A call is that of the README's example: four requests, 16 heads. A step
+Needs torch and a Hopper GPU. A call has four requests and 16 heads. A step
 is 27 of them in a row on one plan, as many as DeepSeek-V2-Lite has layers, each fed the result of
 the one before. Times are of the host alone, into an empty queue: medians, in microseconds.
 """

@@ -98,7 +98,7 @@ def where() -> dict[str, Any]:
 
     return {
         "device": device(),
-        "digest": variants.sources_digest(),
+        "kernels_digest": variants.kernels_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {
             "python": platform.python_version(),

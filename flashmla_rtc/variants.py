@@ -220,3 +220,18 @@ def sources_digest() -> str:
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
+
+
+def kernels_digest() -> str:
+    """SHA-256 over what is compiled: the CUDA source, its constants and parameters, in hex.
+
+    Figures of a kernel stay those of the kernel while this stays the same, whatever changes in the
+    Python around.
+    """
+    digest = hashlib.sha256()
+    units = {variant.name: variant.source().source for variant in all_variants()}
+    for name, text in sorted({**units, **_headers()}.items()):
+        for part in (name, text):
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

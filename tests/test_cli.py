@@ -536,7 +536,8 @@ def test_bench_describes_what_it_measured(monkeypatch):
     arguments = program.parser().parse_args(["bench", "--grid", "quick"])
     found = Found([Peer("flash_mla", "sgl-flash-mla 1.0.0", lambda *_: [])], {"flashinfer": "no"})
     facts = bench.facts(torch, arguments, found)
-    assert {"device", "digest", "driver", "nvrtc", "versions", "command"} <= set(facts)
+    known = {"device", "digest", "kernels_digest", "driver", "nvrtc", "versions", "command"}
+    assert known <= set(facts)
     assert facts["command"] == "python -m flashmla_rtc bench --grid quick"
     assert facts["peers"] == {"flash_mla": "sgl-flash-mla 1.0.0"}
     assert facts["peers_absent"] == {"flashinfer": "no"}

@@ -98,13 +98,13 @@ def test_paths_of_a_machine_are_known(text: str) -> None:
 
 
 @EACH
-def test_it_was_run_on_a_hopper_gpu_with_these_sources(path: Path) -> None:
+def test_it_was_run_on_a_hopper_gpu_with_these_kernels(path: Path) -> None:
     record = read(path)["metadata"].get("flashmla_rtc")
     assert record, f"{path.name} says nowhere on which device it was run. {RUN}"
     assert HOPPER.search(record["device"]), f"{path.name} was run on {record['device']}. {RUN}"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
     assert {"python", "numpy"} <= set(record["versions"])
-    assert record["digest"] == variants.sources_digest(), (
+    assert record["kernels_digest"] == variants.kernels_digest(), (
         f"{path.name} was run with other kernels. {RUN}"
     )
 
@@ -200,7 +200,7 @@ def test_the_runner_writes_down_where(
     assert texts(cell) == "42\n"
     assert cell["execution_count"] == 1
     record = written["metadata"]["flashmla_rtc"]
-    assert record["digest"] == variants.sources_digest()
+    assert record["kernels_digest"] == variants.kernels_digest()
     assert record["device"] == runner.device()
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 

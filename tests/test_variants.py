@@ -360,6 +360,31 @@ def test_the_digest_does_not_change_with_what_no_launch_depends_on(clone: Path) 
     assert digest() == before
 
 
+def test_the_digest_of_the_kernels_is_that_of_what_is_compiled(clone: Path) -> None:
+    seen = {variants.kernels_digest()}
+    for name in launching():
+        file = clone / name
+        file.write_text(file.read_text() + "\n")
+    forget()
+    assert {variants.kernels_digest()} == seen
+    for name in kernel_files():
+        file = clone / name
+        file.write_text(file.read_text() + "\n")
+        forget()
+        assert variants.kernels_digest() not in seen, name
+        seen.add(variants.kernels_digest())
+
+
+def test_the_digest_of_the_kernels_changes_with_their_constants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = variants.kernels_digest()
+    first, *rest = variants.all_variants()
+    changed = first.but(first.name, MERGE_PATIENCE=1)
+    monkeypatch.setattr(variants, "all_variants", lambda: (changed, *rest))
+    assert variants.kernels_digest() != before
+
+
 # What the public calls import beside: nothing here decides what a kernel is given or gives.
 NOT_LAUNCHING = {
     "_version.py": "a name in the cache key",

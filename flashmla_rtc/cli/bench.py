@@ -160,6 +160,7 @@ def facts(torch: Any, arguments: argparse.Namespace, found: Found) -> dict[str, 
     return {
         "device": torch.cuda.get_device_name(),
         "digest": variants.sources_digest(),
+        "kernels_digest": variants.kernels_digest(),
         "driver": machine.driver_version(),
         "nvrtc": machine.nvrtc_version_text(),
         "versions": {"flashmla_rtc": __version__, **machine.package_versions()},
