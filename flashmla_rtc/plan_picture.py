@@ -1,7 +1,7 @@
 """A split plan as a picture: the parts side by side, what each computes, and how full it is.
 
-The SVG is written by hand, so that it needs no package. It has no background and takes the text
-colour of where it is shown; as a file of its own it follows the reader's light or dark scheme.
+The SVG is written by hand, so that it needs no package. In a page it has no background and takes
+the text's colour; as a file of its own it follows the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COLOURS = (
 )
 _SEVERAL = "#8a8a8a"
 _STYLE = (
-    "svg:root{color:#1f2328}"
+    "svg:root{color:#1f2328;background:#fff}"
     "@media(prefers-color-scheme:dark){svg:root{color:#e6edf3;background:#0d1117}}"
 )
 
@@ -186,18 +186,19 @@ class _Drawing:
         return parts
 
     def _part(self, pieces: list[Piece]) -> None:
-        """Its pieces one behind the other; those too thin to be seen in groups."""
+        """Its pieces one behind the other; whole requests too thin to be seen, in groups."""
         thinnest = THINNEST * self.span / self._along
         groups: list[list[Piece]] = []
-        open_blocks = 0  # of the last group, while it is too thin
+        room = 0.0  # for thin ones in the last group
         for piece in pieces:
             blocks = piece.end - piece.begin
-            if groups and open_blocks < thinnest:
+            is_thin = blocks < thinnest and not piece.cut
+            if is_thin and room > 0:
                 groups[-1].append(piece)
             else:
                 groups.append([piece])
-                open_blocks = 0
-            open_blocks += blocks
+                room = thinnest if is_thin else 0.0
+            room -= blocks
         at = 0
         for group in groups:
             blocks = sum(piece.end - piece.begin for piece in group)
@@ -224,7 +225,7 @@ class _Drawing:
             f'<rect class="work" {_attributes(box)} fill="{colour}" data-part="{first.part}" '
             f'{what} data-blocks="{end - begin}">{title}</rect>'
         )
-        if any(piece.cut for piece in group):
+        if first.cut:
             # The title once more: the hatch lies above and takes the pointer.
             self.lines.append(f'<rect {_attributes(box)} fill="url(#cut)">{title}</rect>')
         text = str(first.request)
