@@ -28,12 +28,10 @@ class _Change:
     may_spill: bool = False
 
 
-_Content = tuple[tuple[tuple[str, str], ...], bool]
-
 _lock = threading.RLock()
 _changes: list[_Change] = []
-# The same edit entered again finds what was loaded for it.
-_known: dict[_Content, Sources] = {}
+# By content: the same change made again finds what was loaded for it.
+_known: dict[Any, Sources] = {}
 # Where calls leave pieces of cut requests, for the sources that are not in use.
 _workspaces: dict[Any, dict[Any, workspace.Workspace]] = {}
 _workspace_of: Any = None
@@ -169,9 +167,8 @@ def _sources(changes: list[_Change]) -> Sources | None:
     if headers == variants._headers() and not stand_ins and not may_spill:
         return None
     made = Sources(dict(sorted(headers.items())), stand_ins, may_spill)
-    if stand_ins:
-        return made
-    return _known.setdefault((tuple(made.headers.items()), may_spill), made)
+    content = tuple(made.headers.items()), tuple(stand_ins.items()), may_spill
+    return _known.setdefault(content, made)
 
 
 def _set(changes: list[_Change]) -> None:

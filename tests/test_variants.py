@@ -364,6 +364,9 @@ def test_the_digest_does_not_change_with_what_no_launch_depends_on(clone: Path) 
 NOT_LAUNCHING = {
     "_version.py": "a name in the cache key",
     "messages.py": "the text of errors",
+    "plan_html.py": "shows a plan",
+    "plan_picture.py": "shows a plan",
+    "plan_reading.py": "reads a plan to show it",
     "reference.py": "computes elsewhere",
     "rtc/__init__.py": "names",
     "rtc/build.py": "when to compile",
