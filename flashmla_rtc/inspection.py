@@ -7,7 +7,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from . import occupancy, variants
@@ -67,7 +67,7 @@ def inspect_kernel(name: str, device: Any = None) -> KernelInspection:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KernelInspection:
     """A kernel, as it was compiled when it was inspected. In a notebook it shows itself.
 
@@ -91,11 +91,11 @@ class KernelInspection:
     blocks_per_sm: int
     occupancy_found: str
     compile_seconds: float
-    unit: str = field(repr=False)
-    headers: Mapping[str, str] = field(repr=False)
-    log: str = field(repr=False)
-    cubin: bytes = field(repr=False)
-    _source: KernelSource = field(repr=False)
+    unit: str
+    headers: Mapping[str, str]
+    log: str
+    cubin: bytes
+    _source: KernelSource
 
     @property
     def cubin_bytes(self) -> int:
@@ -160,7 +160,7 @@ class KernelInspection:
         """What is different in ``after``, for example the same kernel of edited sources."""
         return KernelDifference(self, after)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         width = max(len(name) for name in self.facts())
         lines = [f"  {name:<{width}}  {value}" for name, value in self.facts().items()]
         return "\n".join([self.name, *lines])
@@ -171,7 +171,7 @@ class KernelInspection:
         return inspection_html(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KernelDifference:
     """Two inspections side by side; ``before.diff(after)`` makes it. It shows itself."""
 
@@ -209,7 +209,7 @@ class KernelDifference:
             )
         return "\n".join(lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{name}: {old} -> {new}" for name, (old, new) in self.facts().items()]
         try:
             totals = self.before.opcodes.total(), self.after.opcodes.total()
