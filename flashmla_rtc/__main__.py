@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from flashmla_rtc import variants
 from flashmla_rtc._version import __version__
 from flashmla_rtc.cli import CommandError, bench, demo, doctor, kernels, plot, timeline
 from flashmla_rtc.rtc.build import compile_mode
@@ -74,6 +75,7 @@ def _check_environment() -> None:
     try:
         compile_mode()
         validation_enabled()
+        variants.headers()
     except ValueError as error:
         raise CommandError(str(error), code=2) from error
 

@@ -21,9 +21,10 @@ from .checks import DecodeShape
 CPU_PARTS = 1
 
 
-@dataclass
+@dataclass(repr=False)
 class FlashMLASchedMeta:
     """A plan that ``flash_mla_with_kvcache`` fills at its first call and uses again at the next.
+    In a notebook it shows itself.
 
     One object serves every layer of a step. The calls that share it must agree in batch, seq_len_q,
     head counts and device; another call raises ValueError. Lengths may change in place: a plan made
@@ -37,9 +38,11 @@ class FlashMLASchedMeta:
 
     tile_scheduler_metadata: Any = None
     num_splits: Any = None
-    # The plan that calls have used so far, and the configuration that they had.
-    _used: Any = field(default=None, repr=False, compare=False)
-    _made_for: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    # The plan that calls have used so far, the configuration that they had, and the lengths that
+    # the first of them gave, which a picture of the plan needs.
+    _used: Any = field(default=None, compare=False)
+    _made_for: tuple[Any, ...] = field(default=(), compare=False)
+    _lengths: Any = field(default=None, compare=False)
 
     def plan_for(self, shape: DecodeShape, cache_seqlens: View) -> Any:
         """The plan's array for a call of this shape, made now if there is none.
@@ -63,8 +66,31 @@ class FlashMLASchedMeta:
                 "tile_scheduler_metadata was filled by a call of another configuration: "
                 f"{'; '.join(differing)}. Make a new one with get_mla_metadata()."
             )
+        if self._used is not self.tile_scheduler_metadata:
+            self._lengths = cache_seqlens.source
         self._used, self._made_for = self.tile_scheduler_metadata, now
         return self.tile_scheduler_metadata
+
+    @property
+    def planned_lengths(self) -> Any:
+        """``cache_seqlens`` of the first call that used this plan, or None before it."""
+        return self._lengths if self._used is self.tile_scheduler_metadata else None
+
+    def __repr__(self) -> str:
+        if self.tile_scheduler_metadata is None:
+            return "FlashMLASchedMeta(no plan yet)"
+        facts = [f"num_sm_parts={len(self.tile_scheduler_metadata)}"]
+        if self.num_splits is not None:
+            facts.append(f"requests={len(self.num_splits) - 1}")
+        if self.planned_lengths is not None:
+            names = ("batch", "seq_len_q", "heads_q", "heads_k", "device")
+            facts += [f"{n}={v}" for n, v in zip(names, self._made_for, strict=True)]
+        return f"FlashMLASchedMeta({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        from .plan_html import plan_html
+
+        return plan_html(self)
 
 
 def made_for(shape: DecodeShape, device: Device) -> tuple[Any, ...]:

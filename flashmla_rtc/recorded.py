@@ -108,7 +108,7 @@ class _Note:
         self.current_device = _torch._C._cuda_getDevice
         self.current_stream = _torch._C._cuda_getCurrentRawStream
         self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
-        self.replacements = sm90.replacements
+        self.replacements = launched.replacements
         self.buffer = launched.kernel.pack(launched.values)
         self.made_for = made_for
         self.is_launching = False
@@ -333,7 +333,7 @@ def note(
         return
     notes = _local.notes
     found = notes.get(key)
-    if found is None or found.replacements != sm90.replacements:
+    if found is None or found.replacements != launched.replacements:
         if len(notes) >= _MOST_NOTES:
             notes.clear()
         _local.recent = []  # what was noted under the same key is not to be found any more

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from . import arrays, geometry, maps, schedule, variants, workspace
@@ -14,9 +12,9 @@ from .arrays import View
 from .checks import DecodeShape
 from .geometry import CostModel
 from .maps import QueryMap
-from .rtc.compiler import compile_kernel
-from .rtc.kernel import DriverError, KernelTable, LoadedKernel, device_facts, on_device
+from .rtc.kernel import DriverError, KernelTable, device_facts, on_device
 from .rtc.launch import Launcher
+from .variants import Sources
 
 LOG2_E = math.log2(math.e)
 # A scale of 0 would turn the -inf of a masked score into NaN. This one gives the same results: no
@@ -25,7 +23,9 @@ _LEAST_SCALE = 1e-42
 
 
 class Launched(NamedTuple):
-    """A launch of the decode kernel: how, and with which parameters by name."""
+    """A launch of the decode kernel: how, with which parameters by name, and after how many
+    ``replacements`` of the sources in use.
+    """
 
     kernel: Launcher
     grid: tuple[int, int, int]
@@ -33,13 +33,15 @@ class Launched(NamedTuple):
     captured: bool
     values: dict[str, Any]
     query_map: QueryMap | None
+    replacements: int
 
 
 replacements = 0
-"""How often a kernel was replaced by another: notes of launches made before are out of date."""
+"""How often the sources in use were replaced: notes of launches made before are out of date."""
 
-_table = KernelTable()
-_launchers: dict[tuple[str, int], Launcher] = {}
+# By sources, then by name and device.
+_tables: dict[Sources | None, KernelTable] = {}
+_launchers: dict[tuple[str, int, Sources | None], Launcher] = {}
 _lock = threading.Lock()
 
 
@@ -50,35 +52,29 @@ def launcher(name: str, device: int) -> Launcher:
         CompileError, CompilerMissing: it can't be compiled.
         DriverError: it can't be loaded.
     """
-    found = _launchers.get((name, device))
+    sources = variants.in_use
+    found = _launchers.get((name, device, sources))
     if found is not None:
         return found
     _check_shared_memory(device)
-    variant = variants.by_name(name)
-    kernel = variants.builder.obtain(variant.source())
-    loaded = _table.load(kernel, device, variant.dynamic_smem_bytes)
+    variant = sources.stand_ins.get(name) if sources else None
+    variant = variant or variants.by_name(name)
+    kernel = variants.builder_of(sources).obtain(variant.source(sources))
+    with _lock:
+        table = _tables.setdefault(sources, KernelTable())
+    loaded = table.load(kernel, device, variant.dynamic_smem_bytes)
     with _lock:
         return _launchers.setdefault(
-            (name, device), Launcher(loaded, variant.params, variant.threads, variant.cluster)
+            (name, device, sources),
+            Launcher(loaded, variant.params, variant.threads, variant.cluster),
         )
 
 
-@contextmanager
-def standing_in(variant: variants.Variant, name: str, device: int) -> Iterator[LoadedKernel]:
-    """Launch ``variant`` for a while wherever the kernel called ``name`` is asked for on
-    ``device``: the way of tools that look into a kernel. Not for use beside other threads' calls.
-    """
+def use(sources: Sources | None) -> None:
+    """Launch kernels of ``sources`` from now on; None: the package's own."""
     global replacements
-    before = launcher(name, device)
-    kernel = compile_kernel(variant.source(), may_spill=True)
-    loaded = LoadedKernel(kernel, device, variant.dynamic_smem_bytes)
-    _launchers[name, device] = Launcher(loaded, variant.params, variant.threads, variant.cluster)
+    variants.in_use = sources
     replacements += 1
-    try:
-        yield loaded
-    finally:
-        _launchers[name, device] = before
-        replacements += 1
 
 
 def _check_shared_memory(device: int) -> None:
@@ -159,6 +155,7 @@ def decode(
     parts = metadata.shape[0]
     rows = shape.rows_per_group
     stream = arrays.current_stream(q)
+    seen = replacements
     with on_device(device):
         q_is_aligned, out_is_aligned = _rows_aligned(q), _rows_aligned(out)
         query_map = maps.query_map(shape, q.strides) if q_is_aligned and out_is_aligned else None
@@ -211,7 +208,7 @@ def decode(
         grid = (-(-rows // geometry.BLOCK_ROWS), shape.heads_k, parts)
         kernel.launch(grid, stream, values)
         _keep_inputs(stream, q, k_cache, block_table, cache_seqlens, metadata)
-    return Launched(kernel, grid, stream, bool(capture), values, query_map)
+    return Launched(kernel, grid, stream, bool(capture), values, query_map, seen)
 
 
 def _keep_inputs(stream: int, *views: View) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import geometry
-from .rtc import Builder, KernelSource
+from . import edits, geometry
+from .rtc import Builder, CubinCache, KernelSource, compile_kernel
 from .rtc.params import ParamStruct
+
+SOURCES_VARIABLE = "FLASHMLA_RTC_KERNELS"
 
 builder = Builder()
 """Compiles the package's kernels, each once a process."""
@@ -21,6 +25,7 @@ _LAUNCHING_PYTHON = (
     "arrays.py",
     "backends.py",
     "checks.py",
+    "edits.py",
     "geometry.py",
     "integrations/torch.py",
     "interface.py",
@@ -85,8 +90,11 @@ class Variant:
         )
         return replace(self, name=name, constants=replaced)
 
-    def source(self) -> KernelSource:
-        """The translation unit: one named block of constants, the parameter struct, the kernel."""
+    def source(self, sources: Sources | None = None) -> KernelSource:
+        """The translation unit: one named block of constants, the parameter struct, the kernel.
+
+        Of the sources in use, unless others are given.
+        """
         element = [f"using Element = {self.element};"] if self.element else []
         constants = [f"constexpr {kind} {name} = {value};" for kind, name, value in self.constants]
         text = "\n".join(
@@ -102,7 +110,26 @@ class Variant:
                 "",
             ]
         )
-        return KernelSource(self.name, self.entry, text, _headers())
+        return KernelSource(self.name, self.entry, text, headers(sources))
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What kernels are compiled from instead of the package's own sources (``overrides.py``).
+
+    headers: all of them, by name. stand_ins: variants in place of those of the name that they are
+    kept under. may_spill: whether a kernel may spill registers.
+
+    Two are the same only if they are one: what was loaded from one is kept under it.
+    """
+
+    headers: Mapping[str, str]
+    stand_ins: Mapping[str, Variant] = field(default_factory=dict)
+    may_spill: bool = False
+
+
+in_use: Sources | None = None
+"""What kernels are compiled from now; None: the package's own sources."""
 
 
 def decode_name(dtype: str, rows_per_group: int, plain: bool) -> str:
@@ -189,6 +216,28 @@ def by_name(name: str) -> Variant:
     return {variant.name: variant for variant in all_variants()}[name]
 
 
+def named(name: object) -> Variant:
+    """The variant that a caller means by ``name``. Raises ValueError."""
+    for variant in all_variants():
+        if variant.name == name:
+            return variant
+    names = ", ".join(variant.name for variant in all_variants())
+    raise ValueError(f"There is no kernel called {name!r}; there are {names}.")
+
+
+def builder_of(sources: Sources | None) -> Builder:
+    """What compiles kernels of these sources."""
+    return _lenient_builder() if sources is not None and sources.may_spill else builder
+
+
+@functools.cache
+def _lenient_builder() -> Builder:
+    """For kernels that may spill, which must not be found by those who would refuse them."""
+    place = builder.cache.directory
+    cache = CubinCache(None if place is None else place / "may_spill")
+    return Builder(cache, compiler=functools.partial(compile_kernel, may_spill=True))
+
+
 @functools.cache
 def kernels_dir() -> Path:
     """Where the CUDA source is: inside the installed package, or beside it in a checkout."""
@@ -203,17 +252,24 @@ def kernels_dir() -> Path:
 
 @functools.cache
 def _headers() -> dict[str, str]:
-    folder = kernels_dir()
-    return {
-        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
-        for path in sorted(folder.rglob("*.cuh"))
-    }
+    """The package's headers; where FLASHMLA_RTC_KERNELS names a folder, with those that it holds
+    in place of their namesakes. Raises ValueError for a folder that replaces nothing.
+    """
+    own = edits.read_folder(kernels_dir())
+    folder = os.environ.get(SOURCES_VARIABLE)
+    return edits.replaced(own, folder, SOURCES_VARIABLE) if folder else own
+
+
+def headers(sources: Sources | None = None) -> Mapping[str, str]:
+    """The headers of these sources, or of those in use, by name."""
+    sources = sources or in_use
+    return _headers() if sources is None else sources.headers
 
 
 def sources_digest() -> str:
-    """SHA-256 over the CUDA source and the Python that launches it, in hex."""
+    """SHA-256 over the CUDA source in use and the Python that launches it, in hex."""
     digest = hashlib.sha256()
-    files = [(f"kernels/{name}", text) for name, text in _headers().items()]
+    files = [(f"kernels/{name}", text) for name, text in headers().items()]
     files += [(name, (_PACKAGE / name).read_text(encoding="utf-8")) for name in _LAUNCHING_PYTHON]
     for name, text in files:
         for part in (name, text):
@@ -223,14 +279,14 @@ def sources_digest() -> str:
 
 
 def kernels_digest() -> str:
-    """SHA-256 over what is compiled: the CUDA source, its constants and parameters, in hex.
+    """SHA-256 over what is compiled: the CUDA source in use, its constants and parameters, in hex.
 
     Figures of a kernel stay those of the kernel while this stays the same, whatever changes in the
     Python around.
     """
     digest = hashlib.sha256()
     units = {variant.name: variant.source().source for variant in all_variants()}
-    for name, text in sorted({**units, **_headers()}.items()):
+    for name, text in sorted({**units, **headers()}.items()):
         for part in (name, text):
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)

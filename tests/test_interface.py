@@ -133,8 +133,10 @@ def numpy_problem() -> Problem:
 
 def test_the_public_names() -> None:
     assert set(flashmla_rtc.__all__) == {
-        "FlashMLASchedMeta", "__version__", "flash_mla_with_kvcache", "get_mla_metadata",
-        "num_sm_parts", "prepare",
+        "FlashMLASchedMeta", "__version__", "flash_mla_with_kvcache", "get_mla_metadata", "prepare",
+        "DecodeTime", "KernelDifference", "KernelInspection", "PlanFacts", "PlanPicture",
+        "SourceOverride", "draw_plan", "inspect_kernel", "kernel_names", "kernel_sources",
+        "num_sm_parts", "override_sources", "plan_for", "time_decode",
     }  # fmt: skip
     for name in flashmla_rtc.__all__:
         assert getattr(flashmla_rtc, name) is not None

@@ -211,7 +211,13 @@ class Machine:
         self.capturing = False
         self.query_map: QueryMaps | None = None
 
-    def note(self, call: dict[str, Any], captured: bool = False, **values: Any) -> None:
+    def note(
+        self,
+        call: dict[str, Any],
+        captured: bool = False,
+        replacements: int | None = None,
+        **values: Any,
+    ) -> None:
         """What the long way does at its end."""
         launched = sm90.Launched(
             self.kernel,  # type: ignore[arg-type]
@@ -220,6 +226,7 @@ class Machine:
             captured,
             VALUES | values,
             self.query_map,  # type: ignore[arg-type]
+            sm90.replacements if replacements is None else replacements,
         )
         recorded.note(launched, MADE_FOR, *[call[name] for name in ARGUMENTS])
 
@@ -562,6 +569,15 @@ def test_a_kernel_that_was_replaced_is_not_launched(
     machine.settle(call)
     assert machine.call(call) is not None
     assert len(machine.kernel.launches) == 1
+
+
+def test_a_kernel_that_was_replaced_amid_a_call_is_not_launched_again(machine: Machine) -> None:
+    call = given()
+    machine.note(call, replacements=sm90.replacements - 1)
+    assert machine.call(call) is None
+    machine.settle(call)
+    machine.note(call, replacements=sm90.replacements - 1)
+    assert machine.call(call) is None
 
 
 def test_a_plan_object(machine: Machine) -> None:

@@ -389,6 +389,9 @@ def test_the_digest_of_the_kernels_changes_with_their_constants(
 NOT_LAUNCHING = {
     "_version.py": "a name in the cache key",
     "messages.py": "the text of errors",
+    "plan_html.py": "shows a plan",
+    "plan_picture.py": "shows a plan",
+    "plan_reading.py": "reads a plan to show it",
     "reference.py": "computes elsewhere",
     "rtc/__init__.py": "names",
     "rtc/build.py": "when to compile",

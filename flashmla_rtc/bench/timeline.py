@@ -106,14 +106,14 @@ def record(shape: Shape) -> dict[str, Any]:
     """
     import torch
 
-    from flashmla_rtc import sm90, variants
+    from flashmla_rtc import overrides, variants
     from flashmla_rtc.rtc.kernel import call, device_facts
 
     index = torch.cuda.current_device()
     name = variants.decode_name(shape.dtype, shape.seq_len_q * shape.heads_q, plain=True)
     traced = variants.by_name(name).but(f"{name}_traced", TRACE_EVENTS=EVENTS)
     calls = own_calls(Pool([shape], dtype=shape.dtype).problem(shape))
-    with sm90.standing_in(traced, name, index) as kernel:
+    with overrides.standing_in(traced, name, index) as kernel:
         for warm_up in calls[:3]:
             warm_up()
         torch.cuda.synchronize()

@@ -29,6 +29,7 @@ HOPPER = (9, 0)
 VARIABLES = (
     "FLASHMLA_RTC_CACHE_DIR",
     "FLASHMLA_RTC_COMPILE",
+    "FLASHMLA_RTC_KERNELS",
     "FLASHMLA_RTC_VALIDATE",
     "XDG_CACHE_HOME",
     "CUDA_VISIBLE_DEVICES",
@@ -86,6 +87,7 @@ def examine(try_devices: bool = True) -> Report:
     report.ask("cache", lambda: _cache(report))
     if try_devices:
         report.ask("kernels", lambda: _kernels(report))
+    report.ask("sources", lambda: _sources(report))
     for variable in VARIABLES:
         if variable in os.environ:
             report.say("environment", f"{variable}={os.environ[variable]}")
@@ -204,6 +206,25 @@ def _cache(report: Report) -> str:
     place = "nowhere" if state.path is None else str(state.path)
     access = "writable" if state.writable else "not writable"
     return f"{place}: {state.entries} kernels, {state.bytes / 1e6:.1f} MB, {access}"
+
+
+def _sources(report: Report) -> str:
+    """Where the CUDA source comes from, and what ``FLASHMLA_RTC_KERNELS`` changes of it."""
+    from flashmla_rtc import edits, variants
+
+    place = variants.kernels_dir()
+    own, used = edits.read_folder(place), variants.headers()
+    changed = sorted(name for name, text in used.items() if own.get(name) != text)
+    digest = f"digest {variants.sources_digest()[:12]}"
+    if not os.environ.get(variants.SOURCES_VARIABLE):
+        return f"{place}, {digest}"
+    if not changed:
+        return f"{place}, {digest}; {variants.SOURCES_VARIABLE} is set and changes nothing"
+    report.advise(
+        f"The kernels are compiled from edited sources ({variants.SOURCES_VARIABLE}): unset it for "
+        "those that were tested."
+    )
+    return f"EDITED by {variants.SOURCES_VARIABLE}, {digest}: {', '.join(changed)}"
 
 
 def _kernels(report: Report) -> str:

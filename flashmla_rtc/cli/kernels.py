@@ -1,5 +1,5 @@
 """``kernels``: compile the default kernels (or take them from the cache) and say what each one
-uses. No GPU needed.
+uses; or look into one: its figures, source, PTX, SASS. No GPU needed.
 """
 
 from __future__ import annotations
@@ -8,17 +8,59 @@ import argparse
 import json
 from typing import Any
 
+from . import CommandError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("name", nargs="?", help="look into this kernel instead of listing all")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for what, meaning in (
+        ("source", "its translation unit, headers in place"),
+        ("ptx", "its PTX"),
+        ("sass", "its machine code; needs nvdisasm"),
+    ):
+        shown.add_argument(f"--{what}", action="store_true", help=f"print {meaning}")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.name is not None:
+        return show(arguments)
+    for what in ("source", "ptx", "sass"):
+        if getattr(arguments, what):
+            raise CommandError(f"--{what} shows one kernel: kernels NAME --{what}.", 2)
     document = describe()
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
         print_table(document)
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """One kernel."""
+    from flashmla_rtc import variants
+    from flashmla_rtc.inspection import inspect_kernel
+    from flashmla_rtc.rtc.sass import DisassemblerMissing
+
+    try:
+        variants.named(arguments.name)
+    except ValueError as error:
+        raise CommandError(str(error), 2) from None
+    kernel = inspect_kernel(arguments.name)
+    try:
+        if arguments.json:
+            print(json.dumps({"digest": kernel.digest, **kernel.figures()}, indent=2))
+        elif arguments.source:
+            print(kernel.source)
+        elif arguments.ptx:
+            print(kernel.ptx)
+        elif arguments.sass:
+            print(kernel.sass)
+        else:
+            print(kernel)
+    except DisassemblerMissing as error:
+        raise CommandError(str(error)) from None
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from plans import from_cuts, num_parts
 from problem import assert_matches, assert_same_bits, check, make
 
-from flashmla_rtc import schedule, sm90, variants
+from flashmla_rtc import overrides, schedule, variants
 
 
 def test_a_plan_from_cuts_equals_the_planner_s() -> None:
@@ -155,7 +155,7 @@ def test_helpers_without_patience(heads_q: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         name = variants.decode_name(str(dtype).removeprefix("torch."), heads_q, plain=True)
         hasty = variants.by_name(name).but(f"{name}_hasty", MERGE_PATIENCE=0)
-        with sm90.standing_in(hasty, name, torch.cuda.current_device()):
+        with overrides.standing_in(hasty, name, torch.cuda.current_device()):
             for pieces in (2, 5, 9, 10, 33, 66):
                 problem = make([pieces * 64, 130], heads_q=heads_q, dtype=dtype, seed=pieces)
                 parts = num_parts(problem)

@@ -55,7 +55,7 @@ from flashmla_rtc.rtc import kernel
 assert not sm90._launchers and kernel.driver.cache_info().currsize == 0
 flashmla_rtc.prepare()
 names = {variant.name for variant in variants.default_variants()}
-assert sm90._launchers.keys() == {(name, 0) for name in names}
+assert sm90._launchers.keys() == {(name, 0, None) for name in names}
 loaded = dict(sm90._launchers)
 
 import torch
@@ -82,7 +82,7 @@ def test_prepare_loads_everything_that_a_captured_first_call_needs() -> None:
 @pytest.mark.parametrize("device", [None, 0, torch.device("cuda:0"), torch.device("cuda")], ids=str)
 def test_prepare_takes_devices_in_every_form(device: Any) -> None:
     flashmla_rtc.prepare(device)
-    assert {(v.name, 0) for v in variants.default_variants()} <= set(sm90._launchers)
+    assert {(v.name, 0, None) for v in variants.default_variants()} <= set(sm90._launchers)
 
 
 def test_a_thread_without_a_current_context_can_call() -> None:

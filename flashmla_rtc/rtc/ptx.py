@@ -1,0 +1,27 @@
+"""The PTX of a kernel, for readers: what NVRTC makes of the source before ptxas makes a cubin."""
+
+from __future__ import annotations
+
+from .compiler import (
+    _PTXAS_VERBOSE,
+    DEFAULT_ARCH,
+    CompileError,
+    KernelSource,
+    _Program,
+    compile_options,
+)
+
+
+def ptx_of(source: KernelSource, arch: str = DEFAULT_ARCH) -> str:
+    """The PTX that the cubin of ``source`` for ``arch`` is assembled from.
+
+    Raises CompilerMissing without NVRTC, CompileError if the source does not compile.
+    """
+    virtual = arch.replace("sm_", "compute_")
+    options = [o for o in compile_options(source, virtual) if o != _PTXAS_VERBOSE]
+    with _Program(source) as program:
+        status = program.compile(tuple(options))
+        if status != "NVRTC_SUCCESS":
+            log = program.log()
+            raise CompileError(f"{source.name} did not compile to PTX ({status}).\n\n{log}")
+        return program.ptx()
