@@ -149,9 +149,10 @@ def test_what_is_no_edit(sources: Any, error: type[Exception], words: str) -> No
         override_sources(sources)
 
 
-def test_a_folder_above_the_sources_replaces_nothing() -> None:
+def test_a_folder_above_the_sources_replaces_nothing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     with pytest.raises(ValueError, match="sources replaces nothing: it holds kernels/mla_decode"):
-        override_sources(ROOT)
+        override_sources(tmp_path)
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
