@@ -287,6 +287,15 @@ def keep_until_done(stream: int, *views: View) -> None:
         waiting.append((event, views))
 
 
+def wait_and_let_go() -> None:
+    """Wait until what :func:`keep_until_done` keeps is used no more, and keep it no more."""
+    with _in_flight_lock:
+        for waiting in _in_flight.values():
+            while waiting:
+                waiting[0][0].synchronize()
+                waiting.popleft()
+
+
 def current_stream(like: View) -> int:
     """The handle of the current stream of ``like``'s device, as ``like``'s library has it."""
     index = like.device.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from flashmla_rtc import arrays
 from flashmla_rtc.arrays import CPU, Device, View, view
+from flashmla_rtc.integrations.jax import release
 
 
 class Exported:
@@ -451,3 +453,24 @@ def test_integers_of_torch_to_the_host_and_back(torch: Any) -> None:
     assert back.library == "torch"
     assert back.dtype == "int32"
     assert back.source.tolist() == [4, 2, 5]
+
+
+def test_what_is_kept_for_a_stream_is_let_go_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = []
+
+    class Event:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def synchronize(self) -> None:
+            log.append(self.name)
+
+    kept = {(0, 7): deque([(Event("a"), ()), (Event("b"), ())]), (1, 7): deque([(Event("c"), ())])}
+    monkeypatch.setattr(arrays, "_in_flight", kept)
+    release()
+    assert log == ["a", "b", "c"]
+    assert not any(kept.values())
+    release()
+    assert log == ["a", "b", "c"]
