@@ -215,14 +215,14 @@ def test_nothing_changes_when_pages_run_out() -> None:
     requests.reserve(np.ones((2, 1), bool))
 
 
-def test_a_growing_cache_moves_a_few_times_only() -> None:
+def test_a_growing_cache_moves_some_dozens_of_times_only() -> None:
     allocator = PageAllocator()
     capacities = set()
     for _ in range(10_000):
         allocator.take(1)
         capacities.add(allocator.capacity)
-    assert len(capacities) < 45
-    assert allocator.capacity < 1.25 * 10_000 + 2
+    assert len(capacities) < 80
+    assert allocator.capacity < 1.125 * 10_000 + 2
 
 
 @pytest.mark.parametrize("pages", [0, -1, 2.0, True, "3"])

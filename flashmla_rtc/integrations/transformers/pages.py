@@ -31,8 +31,8 @@ class PageAllocator:
     """Hands out page numbers from 0 on, counts who uses each, and takes them back.
 
     Args:
-        pages: the fixed number of pages, or None for one that grows: by a quarter at least, so
-            that a cache is moved a few times only on its way to any size.
+        pages: the fixed number of pages, or None for one that grows: by an eighth at least, so
+            that a cache is moved some dozens of times only on its way to any size.
 
     Attributes:
         capacity: pages there are, in use or free.
@@ -69,7 +69,7 @@ class PageAllocator:
                     f"them in use, and needs {count} more. Make it with more pages, or with "
                     "pages=None so that it grows."
                 )
-            self._grow(max(missing, self.capacity // 4))
+            self._grow(max(missing, self.capacity // 8))
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._users[page] = 1
