@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# Threads that wait for each other take most of the time of models as small as these.
+torch.set_num_threads(1)
+
 VOCABULARY = 97
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
