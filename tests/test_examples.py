@@ -54,6 +54,7 @@ def test_example_runs_or_says_what_it_needs(script: Path) -> None:
         ("torch_first_release_api", "torch"),
         ("torch_newest_api", "torch"),
         ("decode_jax", "jax"),
+        ("transformers_generate", "transformers"),
     ],
 )
 def test_examples_that_need_no_gpu_run_here(name: str, package: str) -> None:

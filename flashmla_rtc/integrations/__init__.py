@@ -1,1 +1,1 @@
-"""What ties the package to others: each module needs the package that it is named after."""
+"""Ways into other libraries. Each module needs its library and is imported by name only."""

@@ -1,0 +1,193 @@
+"""Times decode steps of a transformers model: its own attention, and ours over pages.
+
+    python benchmarks/transformers_decode.py --json transformers-h200.json
+
+The model has DeepSeek-V2-Lite's attention (hidden 2048, 16 heads, latent 512, rope 64, nope 128,
+values 128) in 27 layers. Each layer has one dense MLP of 10944, about what a token meets of
+V2-Lite's experts (8 of 1408), so that no routing is timed. Weights are random, and so are the
+latents that the caches are filled with: decode times do not depend on them, and no prompt of this
+length has to be computed. Caches of both kinds hold the same latents, and the logits of the first
+step are compared.
+
+A step is a forward of one token a request, as generate() makes it, clock on the host from the first
+step of a series to the end of the last on the device. It includes all of the model and the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise SystemExit(f"This benchmark needs torch and transformers: {error}.") from None
+
+from flashmla_rtc import variants
+from flashmla_rtc.cli.machine import driver_version, package_versions
+from flashmla_rtc.integrations.transformers import MLAPagedCache, remove_flash_mla, use_flash_mla
+
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16
+ROUNDS = 3
+Latents = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def make_model(layers: int, context: int) -> Any:
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v2",
+        **SHAPE,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        max_position_embeddings=2 * context,
+    )
+    torch.manual_seed(0)
+    with DEVICE:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    return model.eval()
+
+
+def make_latents(batch: int, context: int, layers: int) -> Latents:
+    """Of each layer: (batch, 1, context, 512) and (batch, 1, context, 64)."""
+    widths = (SHAPE["kv_lora_rank"], SHAPE["qk_rope_head_dim"])
+    parts = []
+    for _ in range(layers):
+        latent, k_pe = (
+            torch.randn(batch, 1, context, width, device=DEVICE, dtype=DTYPE) for width in widths
+        )
+        parts.append((latent, k_pe))
+    return parts
+
+
+def dynamic_cache(model: Any, latents: Latents) -> Any:
+    cache = transformers.DynamicCache(config=model.config)
+    for layer, (latent, k_pe) in enumerate(latents):
+        cache.update(latent, k_pe, layer)
+    return cache
+
+
+def paged_cache(model: Any, latents: Latents) -> MLAPagedCache:
+    cache = MLAPagedCache(model.config)
+    batch, _, context, _ = latents[0][0].shape
+    cache.begin(batch, context, None, DEVICE, max_decode_tokens=1)
+    for layer, (latent, k_pe) in enumerate(latents):
+        cache.append(layer, latent[:, 0], k_pe[:, 0])
+    cache.end()
+    return cache
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
+    """Milliseconds a step, best of ROUNDS series; bytes that a step needs beside the cache."""
+    tokens = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+    first = model(tokens, past_key_values=cache).logits.float()  # loads kernels, too
+    model(tokens, past_key_values=cache)
+    synchronise()
+    workspace = None
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(tokens, past_key_values=cache)
+        synchronise()
+        workspace = torch.cuda.max_memory_allocated() - before
+    seconds = []
+    for _ in range(ROUNDS):
+        synchronise()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            model(tokens, past_key_values=cache)
+        synchronise()
+        seconds.append((time.perf_counter() - begin) / steps)
+    return {"first": first, "ms": 1e3 * min(seconds), "workspace_bytes": workspace}
+
+
+@torch.no_grad()
+def measure(model: Any, batch: int, context: int, steps: int) -> list[dict[str, Any]]:
+    """A row for each path, ours last."""
+    layers = model.config.num_hidden_layers
+    latents = make_latents(batch, context, layers)
+    rows, firsts = [], []
+    for path in ("eager", "sdpa", "flashmla_rtc"):
+        if path == "flashmla_rtc":
+            use_flash_mla(model)
+            cache: Any = paged_cache(model, latents)
+        else:
+            model.set_attn_implementation(path)
+            cache = dynamic_cache(model, latents)
+        timed = time_steps(model, cache, batch, steps)
+        firsts.append(timed.pop("first"))
+        if path == "flashmla_rtc":
+            held = cache.memory().allocated  # free pages included
+            remove_flash_mla(model)
+        else:
+            held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        rows.append({"path": path, "batch": batch, "context": context, **timed})
+        rows[-1]["cache_bytes"] = held
+        del cache
+    for row, first in zip(rows, firsts, strict=True):
+        row["ours_is_faster_by"] = round(row["ms"] / rows[-1]["ms"], 2)
+        row["logits_difference"] = float((first - firsts[-1]).norm() / firsts[-1].norm())
+        row["ms"] = round(row["ms"], 3)
+        print(
+            f"{batch:>5} {context:>8} {row['path']:>13} {row['ms']:>9.2f} ms "
+            f"{row['ours_is_faster_by']:>7.2f}×  cache {row['cache_bytes'] / 2**20:>8.1f} MiB  "
+            f"workspace {(row['workspace_bytes'] or 0) / 2**20:>8.1f} MiB  "
+            f"logits {row['logits_difference']:.1e}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--steps", type=int, default=20, help="of each of three series")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    model = make_model(options.layers, max(options.context))
+    rows: list[dict[str, Any]] = []
+    for context in options.context:
+        for batch in options.batch:
+            rows += measure(model, batch, context, options.steps)
+    if options.json:
+        document = {
+            "device": name,
+            "digest": variants.sources_digest(),
+            "driver": driver_version(),
+            "versions": {**package_versions(), "transformers": transformers.__version__},
+            "command": "python " + " ".join(["benchmarks/transformers_decode.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+            "model": {**SHAPE, "layers": options.layers, "dtype": str(DTYPE), "mlp": "dense"},
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

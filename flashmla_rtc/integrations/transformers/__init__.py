@@ -1,0 +1,28 @@
+"""Models of Hugging Face transformers on the paged MLA kernels.
+
+    from flashmla_rtc.integrations.transformers import use_flash_mla
+
+    use_flash_mla(model)
+    model.generate(**inputs, max_new_tokens=256)
+
+Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+from .cache import CacheMemory, MLAPagedCache
+from .convert import remove_flash_mla, use_flash_mla
+from .families import FAMILIES as _FAMILIES
+from .pages import PagesExhausted
+
+SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
+"""What ``use_flash_mla`` takes, by ``model.config.model_type``."""
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "CacheMemory",
+    "MLAPagedCache",
+    "PagesExhausted",
+    "remove_flash_mla",
+    "use_flash_mla",
+]

@@ -1,0 +1,226 @@
+"""use_flash_mla and remove_flash_mla: what they take, what they refuse, what they leave behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from mla_models import prompts, tiny_model  # noqa: E402
+
+from flashmla_rtc.integrations.transformers import (  # noqa: E402
+    MLAPagedCache,
+    convert,
+    remove_flash_mla,
+    use_flash_mla,
+)
+
+
+def is_as_it_was(model: Any) -> bool:
+    names = ("forward", "_flash_mla", "_flash_mla_own_forward", "_prepare_cache_for_generation")
+    return not any(
+        name in vars(module) for module in model.modules() for name in names
+    ) and not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_it_returns_the_model_and_can_be_undone() -> None:
+    model = tiny_model()
+    expected = model.generate(**prompts(9, 4), max_new_tokens=5, return_dict_in_generate=True)
+    assert use_flash_mla(model) is model
+    assert not is_as_it_was(model)
+    assert remove_flash_mla(model) is model
+    assert is_as_it_was(model)
+    after = model.generate(**prompts(9, 4), max_new_tokens=5, return_dict_in_generate=True)
+    assert isinstance(after.past_key_values, transformers.DynamicCache)
+    assert torch.equal(after.sequences, expected.sequences)
+    use_flash_mla(model)
+
+
+def test_a_forward_of_somebody_elses_is_put_back() -> None:
+    model = tiny_model()
+    module = model.model.layers[0].self_attn
+    calls: list[int] = []
+    own = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    module.forward = watched
+    use_flash_mla(model)
+    with torch.no_grad():
+        model(**prompts(9, 4), use_cache=True)
+        assert not calls
+        model(**prompts(9, 4), use_cache=False)
+    assert len(calls) == 1
+    remove_flash_mla(model)
+    assert module.forward is watched
+
+
+def test_a_model_without_a_head() -> None:
+    base = tiny_model().model
+    with torch.no_grad():
+        expected = base(**prompts(9, 4)).last_hidden_state[:, -1]
+        result = use_flash_mla(base)(**prompts(9, 4))
+    assert isinstance(result.past_key_values, MLAPagedCache)
+    assert (result.last_hidden_state[:, -1] - expected).abs().max() < 1e-4
+    remove_flash_mla(base)
+    assert is_as_it_was(base)
+
+
+def test_positional_arguments_of_the_base_model() -> None:
+    base = use_flash_mla(tiny_model().model)
+    inputs = prompts(9, 4)
+    with torch.no_grad():
+        one = base(inputs["input_ids"], inputs["attention_mask"]).past_key_values
+    assert one.cache_seqlens.tolist() == [9, 4]
+
+
+def test_gradients_and_training_go_the_models_own_way() -> None:
+    model = tiny_model()
+    inputs = prompts(9, 4)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = model.model.layers[0].self_attn.kv_b_proj.weight.grad.clone()
+    model.zero_grad()
+    use_flash_mla(model)
+    output = model(**inputs, labels=inputs["input_ids"], use_cache=True)
+    assert isinstance(output.past_key_values, transformers.DynamicCache)
+    output.loss.backward()
+    actual = model.model.layers[0].self_attn.kv_b_proj.weight.grad
+    assert torch.equal(actual, expected)
+
+    cache = MLAPagedCache(model.config)
+    said = r"records no gradients: call the model in evaluation mode.*under torch.no_grad\(\)"
+    with pytest.raises(RuntimeError, match=said):
+        model(**inputs, past_key_values=cache)
+    model.train()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=said):
+        model(**inputs, past_key_values=cache)
+    result = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(result.past_key_values, transformers.DynamicCache)
+
+
+def test_frozen_weights_need_no_context() -> None:
+    model = use_flash_mla(tiny_model()).requires_grad_(False)
+    assert isinstance(model(**prompts(9, 4)).past_key_values, MLAPagedCache)
+
+
+def test_attention_weights_are_not_to_be_had() -> None:
+    model = use_flash_mla(tiny_model())
+    said = "output_attentions is not supported with an MLAPagedCache"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=said):
+        model(**prompts(5), output_attentions=True)
+    with torch.no_grad():
+        assert len(model(**prompts(5), output_attentions=True, use_cache=False).attentions) == 2
+
+
+def llama() -> Any:
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=9,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def wrapped() -> Any:
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)
+    return model
+
+
+def quantised() -> Any:
+    model = tiny_model()
+    layer = model.model.layers[0].self_attn.kv_b_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+def offloaded() -> Any:
+    model = tiny_model()
+    model.model.layers[0].self_attn.kv_b_proj.to("meta")
+    return model
+
+
+def spread() -> Any:
+    model = tiny_model()
+    model.model.layers[1].self_attn.o_proj.to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, error, said",
+    [
+        (
+            llama,
+            NotImplementedError,
+            "models of type 'llama'; it supports axk1, deepseek_v2, deeps",
+        ),
+        (wrapped, NotImplementedError, "layers.1.self_attn.kv_b_proj must be.*it is a Sequential"),
+        (quantised, NotImplementedError, "layers.0.self_attn.kv_b_proj.*a Linear of torch.int8"),
+        (offloaded, NotImplementedError, "layers.0.self_attn.kv_b_proj is on the device meta"),
+        (spread, NotImplementedError, "several devices is not supported.*cpu, meta"),
+        (lambda: torch.nn.Linear(1, 1), TypeError, "must be a PreTrainedModel, but it is a Linear"),
+        (lambda: use_flash_mla(tiny_model()), ValueError, "has turned this model already"),
+    ],
+    ids=["llama", "wrapped", "quantised", "offloaded", "spread", "no_model", "twice"],
+)
+def test_models_that_are_refused(make: Callable[[], Any], error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        use_flash_mla(make())
+
+
+def test_settings_that_are_refused() -> None:
+    model = tiny_model()
+    for tokens in (0, -3, 1.5, True):
+        with pytest.raises(ValueError, match="max_decode_tokens must be a whole number from 1 on"):
+            use_flash_mla(model, max_decode_tokens=tokens)
+    for pages in (0, "many", 2.0):
+        with pytest.raises(ValueError, match="pages must be None or a whole number from 1 on"):
+            use_flash_mla(model, pages=pages)
+    with pytest.raises(ValueError, match="has not been turned by use_flash_mla"):
+        remove_flash_mla(model)
+    assert is_as_it_was(model)
+
+
+def test_a_geometry_that_the_kernels_refuse_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a call of the model's shape, made before anything is changed."""
+    shapes: list[Any] = []
+
+    def refuse(
+        q: Any, k_cache: Any, table: Any, lengths: Any, width: int, *_: Any, **__: Any
+    ) -> None:
+        shapes.append((tuple(q.shape), tuple(k_cache.shape), width, q.dtype))
+        raise NotImplementedError("head_dim 32 is not supported")
+
+    monkeypatch.setattr(convert, "flash_mla_with_kvcache", refuse)
+    model = tiny_model()
+    with pytest.raises(NotImplementedError, match="head_dim 32 is not supported"):
+        use_flash_mla(model)
+    assert shapes == [((1, 1, 4, 32), (1, 64, 1, 32), 24, torch.float32)]
+    assert is_as_it_was(model)
+
+
+def test_importing_the_package_imports_no_transformers() -> None:
+    code = (
+        "import sys, flashmla_rtc, flashmla_rtc.integrations\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "import flashmla_rtc.integrations.transformers as ours, transformers\n"
+        "assert ours is not transformers and hasattr(transformers, 'PreTrainedModel')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
