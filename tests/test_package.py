@@ -106,7 +106,8 @@ def test_wheel_holds_the_kernels_inside_the_package(
     installed: Path, kernels: dict[str, bytes]
 ) -> None:
     assert files_under(installed / "flashmla_rtc" / "kernels") == kernels
-    assert (installed / "flashmla_rtc" / "py.typed").exists()
+    for name in ("py.typed", "__init__.pyi"):
+        assert (installed / "flashmla_rtc" / name).exists()
     top = {path.name for path in installed.iterdir()}
     assert top == {"flashmla_rtc", f"flashmla_rtc-{VERSION}.dist-info"}
 
