@@ -1,6 +1,6 @@
 """The Python in the pages runs, and their links lead somewhere.
 
-Python that needs a GPU runs in ``tests/gpu/test_docs.py``.
+Python that needs a GPU runs in ``tests/gpu/test_pages.py``.
 """
 
 from __future__ import annotations

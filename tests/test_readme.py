@@ -91,7 +91,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     for name in ("demo", "tests"):
         assert f"run_readme_command {name}" in script
-    assert "-m pytest" not in script, "CI must take the test command from the README"
+    assert "-m pytest" not in script, "CI must take the clone's test command from the README"
 
 
 @pytest.mark.checkout
