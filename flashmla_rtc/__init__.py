@@ -17,20 +17,12 @@ from __future__ import annotations
 
 import contextlib as _contextlib
 import importlib as _importlib
-from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from . import variants as _variants
 from ._version import __version__
 from .interface import flash_mla_with_kvcache, prepare
 from .metadata import FlashMLASchedMeta, get_mla_metadata, num_sm_parts
-
-if TYPE_CHECKING:
-    from .bench.decode_time import DecodeTime, time_decode
-    from .inspection import KernelDifference, KernelInspection, inspect_kernel, kernel_names
-    from .overrides import SourceOverride, kernel_sources, override_sources
-    from .plan_picture import PlanPicture, draw_plan
-    from .plan_reading import PlanFacts, plan_for
 
 __all__ = [
     "DecodeTime",

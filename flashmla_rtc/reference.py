@@ -218,7 +218,8 @@ def namespace(array: Any) -> ModuleType:
     if library in ("jax", "jaxlib"):
         import jax.numpy
 
-        return jax.numpy
+        numpy: ModuleType = jax.numpy
+        return numpy
     try:
         import array_api_compat
     except ImportError as error:
@@ -228,7 +229,8 @@ def namespace(array: Any) -> ModuleType:
             f"array-api-compat, which is not installed: pip install 'flashmla_rtc{extra}.",
             name="array_api_compat",
         ) from error
-    return array_api_compat.array_namespace(array)
+    found: ModuleType = array_api_compat.array_namespace(array)
+    return found
 
 
 @contextmanager

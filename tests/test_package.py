@@ -19,6 +19,7 @@ import pytest
 import flashmla_rtc
 from flashmla_rtc import variants
 
+pytestmark = pytest.mark.checkout
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = flashmla_rtc.__version__
 
@@ -90,6 +91,20 @@ def metadata(installed: Path) -> Message:
     return Parser().parsestr((folder / "METADATA").read_text())
 
 
+def test_sdist_holds_the_repository(distributions: tuple[Path, Path]) -> None:
+    """Every file that git knows, and none that it ignores: what CI unpacks to test the wheel."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no repository, or git is not installed")
+    there = {name for name in said.stdout.split("\0") if name and (ROOT / name).exists()}
+    with tarfile.open(distributions[0]) as archive:
+        names = {member.name for member in archive.getmembers() if not member.isdir()}
+    top = f"flashmla_rtc-{VERSION}"
+    assert names == {f"{top}/{name}" for name in there | {"PKG-INFO"}}
+
+
 def test_sdist_holds_what_is_needed_to_build_and_test(
     distributions: tuple[Path, Path], kernels: dict[str, bytes]
 ) -> None:
@@ -106,7 +121,8 @@ def test_wheel_holds_the_kernels_inside_the_package(
     installed: Path, kernels: dict[str, bytes]
 ) -> None:
     assert files_under(installed / "flashmla_rtc" / "kernels") == kernels
-    assert (installed / "flashmla_rtc" / "py.typed").exists()
+    for name in ("py.typed", "__init__.pyi"):
+        assert (installed / "flashmla_rtc" / name).exists()
     top = {path.name for path in installed.iterdir()}
     assert top == {"flashmla_rtc", f"flashmla_rtc-{VERSION}.dist-info"}
 
@@ -126,7 +142,8 @@ def test_numpy_is_the_only_hard_dependency(metadata: Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     needs = metadata.get_all("Requires-Dist") or []
     assert [need for need in needs if "extra ==" not in need] == ["numpy>=2.0"]
-    assert {"cu12", "cu13", "torch", "test", "dev"} <= set(metadata.get_all("Provides-Extra") or [])
+    extras = {"cu12", "cu13", "torch", "plot", "test", "test-integrations", "docs", "dev"}
+    assert extras <= set(metadata.get_all("Provides-Extra") or [])
     # Which build of torch fits is the machine's to say, so no extra may pull one in.
     assert not [need for need in needs if re.match(r"torch\b", need)]
 

@@ -271,10 +271,10 @@ def test_the_kernels_know_the_geometry_that_python_knows() -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the checkout that ``variants`` takes for its own."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    for folder in ("flashmla_rtc", "kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    """A copy of the sources, laid out as in a checkout, that ``variants`` takes for its own."""
+    ignore = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(PACKAGE, tmp_path / "flashmla_rtc", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     monkeypatch.setattr(variants, "_PACKAGE", tmp_path / "flashmla_rtc")
     forget()
     yield tmp_path

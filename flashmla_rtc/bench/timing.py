@@ -131,7 +131,8 @@ class GraphTimer:
             recording.graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / (replays * recording.calls)
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3 / (replays * recording.calls)
 
 
 def host_seconds(

@@ -150,7 +150,8 @@ def require_hopper(command: str = "bench") -> ModuleType:
     reason = backends.why_not(Device("cuda", torch.cuda.current_device()))
     if reason is not None:
         raise CommandError(f"{command} needs a Hopper GPU and its kernels. {reason}")
-    return torch
+    found: ModuleType = torch
+    return found
 
 
 def facts(torch: Any, arguments: argparse.Namespace, found: Found) -> dict[str, Any]:

@@ -108,7 +108,8 @@ class TorchLibrary:
         return array
 
     def to_numpy(self, array: Any) -> npt.NDArray[np.float64]:
-        return array.double().cpu().numpy()
+        values: npt.NDArray[np.float64] = array.double().cpu().numpy()
+        return values
 
     def seconds(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cpu":
