@@ -1,7 +1,8 @@
 """What MkDocs asks of us: pages for files outside docs/, and links that work there and on GitHub.
 
 README.md becomes the home page. Other files go under ``source/``, where they keep their path in the
-repository: Markdown as it is, source text as one block of code on a page, the rest as files. A link
+repository: Markdown as it is, source text as one block of code on a page, notebooks as pages with
+their outputs, the rest as files. A link
 that leads out of docs/ is turned to where its target is on the site; a target that is not listed
 here stays as it was, and a strict build fails at it.
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
@@ -22,13 +25,17 @@ OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "benchmarks/results/*.json",
+    "examples/*.ipynb",
     "examples/*.md",
     "examples/*.py",
     "flashmla_rtc/variants.py",
     "kernels/**/*.cuh",
 )
 LANGUAGES = {".cuh": "cuda", ".py": "python"}
+PAGES = {*LANGUAGES, ".ipynb"}
 
+# What is shown of an output that comes in several formats, the best first.
+_FORMATS = ["image/svg+xml", "image/png", "text/html", "text/markdown", "text/plain"]
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 
 
@@ -45,7 +52,7 @@ def _on_site(path: str) -> str | None:
     if path.startswith(f"{DOCS}/"):
         return posixpath.relpath(path, DOCS)
     if path in _outside():
-        return f"source/{path}.md" if Path(path).suffix in LANGUAGES else f"source/{path}"
+        return f"source/{path}.md" if Path(path).suffix in PAGES else f"source/{path}"
     inside = [name for name in _outside() if name.startswith(f"{path}/")]
     return f"source/{path}/README.md" if inside else None
 
@@ -67,15 +74,30 @@ def _listing(folder: str) -> str:
     return "\n".join([f"# {folder}", "", *links, ""])
 
 
+def _notebook(path: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by name."""
+    exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": _FORMATS}))
+    name = Path(path).stem
+    resources = {"unique_key": name, "output_files_dir": f"{name}_files"}
+    text, resources = exporter.from_filename(str(ROOT / path), resources)
+    return text, resources["outputs"]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from files outside docs/."""
-    made = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    made: dict[str, str | bytes] = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+    }
     folders = set()
     for path in _outside():
         text = (ROOT / path).read_text(encoding="utf-8")
-        language = LANGUAGES.get(Path(path).suffix)
-        if language is not None:
+        suffix = Path(path).suffix
+        if suffix in LANGUAGES:
+            language = LANGUAGES[suffix]
             text = f"---\nhide: [toc]\n---\n\n# `{path}`\n\n````{language}\n{text}````\n"
+        elif suffix == ".ipynb":
+            text, pictures = _notebook(path)
+            made.update({f"source/{posixpath.dirname(path)}/{n}": p for n, p in pictures.items()})
         made[str(_on_site(path))] = text
         folders.add(posixpath.dirname(path))
     for folder in folders - {""}:
