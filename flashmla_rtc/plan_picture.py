@@ -47,7 +47,8 @@ _STYLE = (
 def draw_plan(
     tile_scheduler_metadata: Any, num_splits: Any = None, cache_seqlens: Any = None
 ) -> PlanPicture:
-    """Draw a split plan. Plan and lengths on a GPU are copied to the host, which waits for them.
+    """Draw a split plan. Plan and lengths may come from any library, or be lists; from a GPU they
+    are copied to the host, which waits for them.
 
     Args:
         tile_scheduler_metadata: int32 (num_sm_parts, 8) from ``get_mla_metadata`` or ``plan_for``,
@@ -55,8 +56,6 @@ def draw_plan(
         num_splits: int32 (requests + 1,); None takes the plan to be for all of ``cache_seqlens``.
         cache_seqlens: int32 (batch,), keys of each request: a request's last piece ends where the
             length says. None only with a ``FlashMLASchedMeta`` that a call has filled.
-
-        All may come from any library, or be lists.
 
     Raises:
         TypeError, ValueError: an argument is no such thing, or not there.
