@@ -56,6 +56,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
         assert block.language == "python" or not block.needs, f"{block} is not Python"
 
 
+@pytest.mark.checkout
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
