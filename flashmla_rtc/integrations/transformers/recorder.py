@@ -13,6 +13,9 @@ import torch
 
 Result = TypeVar("Result")
 
+# Nobody may wait for the device while somebody captures.
+_one_capture = threading.Lock()
+
 
 class Recorder(Protocol):
     """Makes and replays the recordings of one model, one at a time."""
@@ -105,18 +108,19 @@ class CUDARecorder:
 
     def record(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         """See :class:`Recorder`. Waits for the device."""
-        torch.cuda.synchronize(self.device)
-        if self._keeper is None:
-            torch.cuda.empty_cache()  # none can be given back during a capture
-            self._stream = torch.cuda.Stream(self.device)
-            self._pool = torch.cuda.graph_pool_handle()
-            # A pool without a graph is gone, and its handle with it.
-            _, self._keeper = self._capture(self._little)
-        try:
-            result, graph = self._capture(function)
-        except _CaptureLost as lost:
-            self._repair()
-            raise lost.error from None
+        with _one_capture:
+            torch.cuda.synchronize(self.device)
+            try:
+                if self._keeper is None:
+                    torch.cuda.empty_cache()  # none can be given back during a capture
+                    self._stream = torch.cuda.Stream(self.device)
+                    self._pool = torch.cuda.graph_pool_handle()
+                    # A pool without a graph is gone, and its handle with it.
+                    _, self._keeper = self._capture(self._little)
+                result, graph = self._capture(function)
+            except _CaptureLost as lost:
+                self._repair()
+                raise lost.error from None
         return result, graph.replay
 
     def _capture(self, function: Callable[[], Result]) -> tuple[Result, Any]:
