@@ -92,15 +92,18 @@ class ModelGraphs:
                     cache.graphs.put(key, graph, cache)
             if graph is not None:
                 return graph.run(given, cache)
-        cache.graphs.seen.add(key)
-        if key in self._proven or key in self._refused:
+        if key in self._refused:
             return own(**given)
-        with recorder.watch() as places:
+        if key in self._proven:
             output = own(**given)
-        if places:
-            self._refuse(key, f"the host waits for the device in {_some(places)}")
         else:
+            with recorder.watch() as places:
+                output = own(**given)
+            if places:
+                self._refuse(key, f"the host waits for the device in {_some(places)}")
+                return output
             self._proven.add(key)
+        cache.graphs.seen.add(key)
         return output
 
     def _recorder_of(
@@ -116,15 +119,16 @@ class ModelGraphs:
         if self._structure is None or not self._structure.is_as_it_was():
             # Weights that are replaced or moved: what was recorded reads the old ones.
             self._structure, self._state = Structure(base), _State()
+            self._proven, self._refused = set(), set()
         return None if self._structure.has_hooks() else recorder
 
     def _refuse(self, key: Any, why: str, error: Exception | None = None) -> None:
         """Say that steps of a configuration are not recorded, in the way that was asked for."""
-        self._refused.add(key)
         if self.mode is True:
             raise RuntimeError(
                 f"cuda_graphs=True, but a decode step can't be captured in a CUDA graph: {why}."
             ) from error
+        self._refused.add(key)
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(

@@ -51,7 +51,11 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 class CUDARecorder:
-    """Records CUDA graphs. They share a pool of memory, which lasts as long as the recorder."""
+    """Records CUDA graphs. They share a pool of memory, which lasts as long as the recorder does.
+
+    Copies of the tensors that a graph reads belong to a turn too, and so does the reading of what
+    it wrote: that is what makes it safe to replay from several threads and streams.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -23,7 +23,7 @@ class Structure:
 
     def __init__(self, base: Any) -> None:
         modules = list(base.modules())
-        self._children = [m._modules for m in modules]
+        self._children = [m._modules for m in modules if m._modules]
         self._tensors = [kind for m in modules for kind in (m._parameters, m._buffers) if kind]
         self._hooks = [h for m in modules[1:] for h in (m._forward_pre_hooks, m._forward_hooks)]
         self._address: Any = torch.Tensor.data_ptr
