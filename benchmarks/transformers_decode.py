@@ -6,16 +6,21 @@ The model has DeepSeek-V2-Lite's attention (hidden 2048, 16 heads, latent 512, r
 values 128) in 27 layers. Each layer has one dense MLP of 10944, about what a token meets of
 V2-Lite's experts (8 of 1408), so that no routing is timed. Weights are random, and so are the
 latents that the caches are filled with: decode times do not depend on them, and no prompt of this
-length has to be computed. Caches of both kinds hold the same latents, and the logits of the first
-step are compared.
+length has to be computed. Caches of both kinds hold the same latents. The logits of the first step
+are compared with those of the same weights and latents in float32 (transformers' own sdpa).
 
 A step is a forward of one token a request, as generate() makes it, clock on the host from the first
 step of a series to the end of the last on the device. It includes all of the model and the host.
+For the first case the time of generate() a token is taken as well, over 64 greedy tokens of a call
+that goes on from the cache: what generate() does itself comes on top of the step.
+
+Paths: transformers' eager and sdpa attention, ours without CUDA graphs, and ours with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import sys
@@ -48,6 +53,14 @@ SHAPE = {
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
 ROUNDS = 3
+GENERATED = 64  # tokens
+# Name, transformers' attention or None for ours, and whether steps are CUDA graphs.
+PATHS: list[tuple[str, str | None, bool]] = [
+    ("eager", "eager", False),
+    ("sdpa", "sdpa", False),
+    ("flashmla_rtc", None, False),
+    ("flashmla_rtc graphs", None, True),
+][: 4 if DEVICE.type == "cuda" else 3]
 Latents = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -58,6 +71,8 @@ def make_model(layers: int, context: int) -> Any:
         num_hidden_layers=layers,
         first_k_dense_replace=layers,
         max_position_embeddings=2 * context,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
     with DEVICE:
@@ -100,11 +115,16 @@ def synchronise() -> None:
 
 
 def time_steps(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
-    """Milliseconds a step, best of ROUNDS series; bytes that a step needs beside the cache."""
+    """Milliseconds of the second step, which a graph is captured in, and of others, best of ROUNDS
+    series; bytes that a step needs beside the cache.
+    """
     tokens = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
     first = model(tokens, past_key_values=cache).logits.float()  # loads kernels, too
+    synchronise()
+    begin = time.perf_counter()
     model(tokens, past_key_values=cache)
     synchronise()
+    second = 1e3 * (time.perf_counter() - begin)
     workspace = None
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -120,41 +140,80 @@ def time_steps(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]
             model(tokens, past_key_values=cache)
         synchronise()
         seconds.append((time.perf_counter() - begin) / steps)
-    return {"first": first, "ms": 1e3 * min(seconds), "workspace_bytes": workspace}
+    return {
+        "first": first,
+        "ms": 1e3 * min(seconds),
+        "second_step_ms": round(second, 2),
+        "workspace_bytes": workspace,
+    }
+
+
+def time_generate(model: Any, cache: Any, batch: int) -> float:
+    """Milliseconds a token of generate(), which goes on from a cache."""
+    seconds = 0.0
+    for tokens in (8, GENERATED):  # the first call is a warm-up
+        shape = (batch, cache.get_seq_length() + 1)
+        ids = torch.ones(shape, dtype=torch.long, device=DEVICE)
+        synchronise()
+        begin = time.perf_counter()
+        sequences = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+        synchronise()
+        seconds = time.perf_counter() - begin
+        assert sequences.shape[1] == shape[1] + tokens
+    return round(1e3 * seconds / GENERATED, 3)
+
+
+def logits_of(reference: Any, latents: Latents) -> torch.Tensor:
+    """Of the first step, by a model in float32."""
+    cache = dynamic_cache(reference, [(latent.float(), k_pe.float()) for latent, k_pe in latents])
+    tokens = torch.ones(len(latents[0][0]), 1, dtype=torch.long, device=DEVICE)
+    logits: torch.Tensor = reference(tokens, past_key_values=cache).logits
+    return logits
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, context: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each path, ours last."""
-    layers = model.config.num_hidden_layers
-    latents = make_latents(batch, context, layers)
-    rows, firsts = [], []
-    for path in ("eager", "sdpa", "flashmla_rtc"):
-        if path == "flashmla_rtc":
-            use_flash_mla(model)
+def measure(
+    model: Any, reference: Any, batch: int, context: int, steps: int, generates: bool
+) -> list[dict[str, Any]]:
+    """A row for each path, the fastest of ours last."""
+    latents = make_latents(batch, context, model.config.num_hidden_layers)
+    exact = logits_of(reference, latents)
+    rows: list[dict[str, Any]] = []
+    for path, attention, graphs in PATHS:
+        if attention is None:
+            use_flash_mla(model, cuda_graphs=graphs)
             cache: Any = paged_cache(model, latents)
         else:
-            model.set_attn_implementation(path)
+            model.set_attn_implementation(attention)
             cache = dynamic_cache(model, latents)
-        timed = time_steps(model, cache, batch, steps)
-        firsts.append(timed.pop("first"))
-        if path == "flashmla_rtc":
-            held = cache.memory().allocated  # free pages included
-            remove_flash_mla(model)
+        row = {"path": path, "batch": batch, "context": context}
+        row |= time_steps(model, cache, batch, steps)
+        row["logits_error"] = float((row.pop("first") - exact).norm() / exact.norm())
+        if attention is None:
+            row["cache_bytes"] = cache.memory().allocated  # free pages included
         else:
-            held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-        rows.append({"path": path, "batch": batch, "context": context, **timed})
-        rows[-1]["cache_bytes"] = held
+            tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+            row["cache_bytes"] = sum(t.nbytes for t in tensors)
+        row["generate_ms"] = time_generate(model, cache, batch) if generates else None
+        if attention is None:
+            remove_flash_mla(model)
+        rows.append(row)
         del cache
-    for row, first in zip(rows, firsts, strict=True):
+    for row in rows:
         row["ours_is_faster_by"] = round(row["ms"] / rows[-1]["ms"], 2)
-        row["logits_difference"] = float((first - firsts[-1]).norm() / firsts[-1].norm())
         row["ms"] = round(row["ms"], 3)
+        generate = f"  generate {row['generate_ms']:.2f} ms" if generates else ""
         print(
-            f"{batch:>5} {context:>8} {row['path']:>13} {row['ms']:>9.2f} ms "
+            f"{batch:>5} {context:>8} {row['path']:>20} {row['ms']:>9.2f} ms "
             f"{row['ours_is_faster_by']:>7.2f}×  cache {row['cache_bytes'] / 2**20:>8.1f} MiB  "
             f"workspace {(row['workspace_bytes'] or 0) / 2**20:>8.1f} MiB  "
-            f"logits {row['logits_difference']:.1e}",
+            f"logits {row['logits_error']:.1e}  second {row['second_step_ms']:.1f} ms{generate}",
             flush=True,
         )
     return rows
@@ -171,10 +230,12 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
     model = make_model(options.layers, max(options.context))
+    reference = copy.deepcopy(model).float()
+    reference.set_attn_implementation("sdpa")
     rows: list[dict[str, Any]] = []
     for context in options.context:
         for batch in options.batch:
-            rows += measure(model, batch, context, options.steps)
+            rows += measure(model, reference, batch, context, options.steps, generates=not rows)
     if options.json:
         document = {
             "device": name,

@@ -10,7 +10,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .pages import PAGE_SIZE, PageAllocator, PagedRequests
-from .step import Step, upload
+from .step import DeviceTable, Step, upload
+from .step_buffers import StepBuffers
+from .step_graph import CacheGraphs
+
+_LEAST_SPARE = 16  # pages of a request: 1024 tokens
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class MLAPagedLayer(CacheLayerMixin):
         if self.pages is not None:
             self.pages[targets] = self.pages[sources]
 
-    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, step: Step) -> torch.Tensor:
+    def append(
+        self, latent: torch.Tensor, k_pe: torch.Tensor, step: Step | StepBuffers
+    ) -> torch.Tensor:
         """Store the tokens of a step: (batch, tokens, kv_lora_rank), (batch, tokens, rope).
 
         Returns:
@@ -92,7 +98,7 @@ class MLAPagedLayer(CacheLayerMixin):
                 f"{latent.dtype} on {latent.device}. Make a new cache."
             )
         tokens = torch.cat((latent, k_pe), -1).flatten(0, 1)
-        if not step.stores_all:
+        if isinstance(step, Step) and not step.stores_all:
             tokens = tokens[step.rows]
         pages.view(-1, pages.shape[-1]).index_copy_(0, step.slots, tokens)
         return pages
@@ -162,8 +168,10 @@ class MLAPagedCache(Cache):
         latent = config.kv_lora_rank + config.qk_rope_head_dim
         head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         self._width, self._expanded_width = latent, config.num_attention_heads * head
-        self.step: Step | None = None
-        self._table: tuple[int, torch.Tensor] | None = None  # of which version
+        self.step: Step | StepBuffers | None = None
+        self.graphs = CacheGraphs()
+        self._table = DeviceTable(self.requests)
+        self._end: int | None = None  # columns that generate() will not go beyond
         self._known_mask: torch.Tensor | None = None
 
     # -- a forward ---------------------------------------------------------------------------------
@@ -175,6 +183,8 @@ class MLAPagedCache(Cache):
         attention_mask: torch.Tensor | None,
         device: torch.device,
         max_decode_tokens: int,
+        *,
+        ahead: bool = False,
     ) -> None:
         """Make room for the tokens of a forward and say how they attend.
 
@@ -186,6 +196,8 @@ class MLAPagedCache(Cache):
                 ``generate`` has made by appending ones to the last.
             device: where the model is.
             max_decode_tokens: with more new tokens, keys and values are expanded.
+            ahead: if the cache has to grow, let it be by many steps' worth, so that recorded steps
+                last: they are of no use once pages have moved.
 
         Raises:
             ValueError: a mask of a wrong shape, or that shows tokens that were not stored; another
@@ -200,7 +212,7 @@ class MLAPagedCache(Cache):
                 f"The cache holds {requests.batch} requests, and the model was given {batch}."
             )
         new = self._new_tokens(batch, tokens, attention_mask)
-        reserved = requests.reserve(new)
+        reserved = requests.reserve(new, self._spare(batch, tokens) if ahead else 0)
         for layer in self.layers:
             layer.fit()
         if reserved.copies:
@@ -216,12 +228,12 @@ class MLAPagedCache(Cache):
             mask=mask,
             decode=decode and bool(new.all()),
             device=device,
-            block_table=self._block_table(device),
+            table=self._table,
         )
 
     def end(self) -> None:
         """The forward is through: its tokens count as stored."""
-        if self.step is not None:
+        if isinstance(self.step, Step):
             self.requests.commit(self.step.new)
         self.step = None
 
@@ -234,6 +246,19 @@ class MLAPagedCache(Cache):
     def expect_mask(self, attention_mask: torch.Tensor | None) -> None:
         """The next forward's mask if it is this object: the last one with ones appended."""
         self._known_mask = attention_mask
+
+    def expect(self, columns: int) -> None:
+        """Growing ahead of need stops at so many columns, while there are fewer."""
+        self._end = columns
+
+    def _spare(self, batch: int, tokens: int) -> int:
+        """Pages to grow by beside those that are needed: a quarter, or 16 a request."""
+        columns = self.requests.columns + tokens
+        pages = -(-columns // PAGE_SIZE)
+        spare = max(pages // 4, _LEAST_SPARE)
+        if self._end is not None and self._end > columns:
+            spare = min(spare, -(-self._end // PAGE_SIZE) - pages)
+        return batch * spare
 
     def _new_tokens(self, batch: int, tokens: int, mask: torch.Tensor | None) -> np.ndarray:
         requests, columns = self.requests, self.requests.columns + tokens
@@ -268,18 +293,12 @@ class MLAPagedCache(Cache):
     @property
     def block_table(self) -> torch.Tensor:
         """int32 (batch, pages), on the device of the pages; 0 past each request's last page."""
-        return self._block_table(self._device())
+        return self._table.on(self._device())
 
     @property
     def cache_seqlens(self) -> torch.Tensor:
         """int32 (batch,), tokens stored of each request, on the device of the pages."""
         return upload(self.requests.lengths.astype(np.int32), self._device())
-
-    def _block_table(self, device: torch.device) -> torch.Tensor:
-        version = self.requests.version
-        if self._table is None or self._table[0] != version or self._table[1].device != device:
-            self._table = version, upload(self.requests.table, device)
-        return self._table[1]
 
     def _device(self) -> torch.device:
         for layer in self.layers:

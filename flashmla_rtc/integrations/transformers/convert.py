@@ -14,6 +14,7 @@ from flashmla_rtc import flash_mla_with_kvcache
 from . import attention
 from .cache import MLAPagedCache
 from .families import FAMILIES
+from .graphs import CudaGraphs, ModelGraphs
 from .pages import PAGE_SIZE, check_pages
 
 Model = TypeVar("Model", bound=Any)
@@ -34,10 +35,18 @@ class _Settings:
 
     max_decode_tokens: int
     pages: int | None
+    graphs: ModelGraphs
+    own_forward: Any  # what was assigned to the model, if anything was
     handles: tuple[Any, Any]
 
 
-def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | None = None) -> Model:
+def use_flash_mla(
+    model: Model,
+    *,
+    max_decode_tokens: int = 16,
+    pages: int | None = None,
+    cuda_graphs: CudaGraphs = "auto",
+) -> Model:
     """Turn a model of transformers to absorbed MLA decode over a paged latent cache, in place.
 
     The forward of every attention module is replaced, and ``generate()`` makes an
@@ -53,6 +62,9 @@ def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | Non
         max_decode_tokens: forwards with up to so many new tokens over a cache that is not empty
             attend through ``flash_mla_with_kvcache``; others expand keys and values.
         pages: pages of each layer of the caches that are made, or None for caches that grow.
+        cuda_graphs: whether decode steps are captured in CUDA graphs and replayed. "auto" does so
+            on a CUDA device, and warns once and goes on without where a step can't be captured;
+            True raises RuntimeError there.
 
     Returns:
         The model.
@@ -60,7 +72,7 @@ def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | Non
     Raises:
         TypeError: ``model`` is not a model of transformers.
         ValueError: it has been turned already; ``max_decode_tokens`` or ``pages`` is not a whole
-            number from 1 on.
+            number from 1 on; ``cuda_graphs`` is none of the three, or True without a CUDA device.
         NotImplementedError: a model type that is not supported; weights that are quantised,
             wrapped, offloaded or spread over devices; a geometry or dtype that the kernels do not
             take, where the model is on a Hopper GPU.
@@ -72,6 +84,8 @@ def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | Non
             f"max_decode_tokens must be a whole number from 1 on, but it is {max_decode_tokens!r}."
         )
     check_pages(pages)
+    if not (cuda_graphs == "auto" or isinstance(cuda_graphs, bool)):
+        raise ValueError(f'cuda_graphs must be "auto", True or False, but it is {cuda_graphs!r}.')
     base: Any = model.base_model
     if hasattr(base, "_flash_mla"):
         raise ValueError("use_flash_mla has turned this model already; see remove_flash_mla.")
@@ -79,6 +93,10 @@ def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | Non
     for name, module in modules.items():
         _check_weights(name, module)
     _check_geometry(list(modules.values()))
+    graphs = ModelGraphs(cuda_graphs)
+    device = base.get_input_embeddings().weight.device
+    if cuda_graphs is True and graphs.recorder(device) is None:
+        raise ValueError(f"cuda_graphs=True needs a model on a CUDA device, but it is on {device}.")
 
     for module in modules.values():
         module._flash_mla_own_forward = vars(module).get("forward")
@@ -87,7 +105,9 @@ def use_flash_mla(model: Model, *, max_decode_tokens: int = 16, pages: int | Non
         base.register_forward_pre_hook(_before, with_kwargs=True),
         base.register_forward_hook(_after, with_kwargs=True),
     )
-    base._flash_mla = _Settings(max_decode_tokens, pages, handles)
+    own_forward = vars(base).get("forward")
+    base._flash_mla = _Settings(max_decode_tokens, pages, graphs, own_forward, handles)
+    base.forward = MethodType(_forward, base)
     if hasattr(model, "generate"):
         for function in (_prepare_cache_for_generation, _update_model_kwargs_for_generation):
             setattr(model, function.__name__, MethodType(function, model))
@@ -113,6 +133,9 @@ def remove_flash_mla(model: Model) -> Model:
         if module._flash_mla_own_forward is not None:
             module.forward = module._flash_mla_own_forward
         del module._flash_mla_own_forward
+    del base.forward
+    if base._flash_mla.own_forward is not None:
+        base.forward = base._flash_mla.own_forward
     del base._flash_mla
     for function in (_prepare_cache_for_generation, _update_model_kwargs_for_generation):
         vars(model).pop(function.__name__, None)
@@ -203,11 +226,29 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None  # the model says what is missing
     mask = given.get("attention_mask")
     device = base.get_input_embeddings().weight.device
-    cache.begin(tokens.shape[0], tokens.shape[1], mask, device, settings.max_decode_tokens)
+    cache.begin(
+        tokens.shape[0],
+        tokens.shape[1],
+        mask,
+        device,
+        settings.max_decode_tokens,
+        ahead=settings.graphs.are_possible(device),
+    )
     given["past_key_values"] = cache
     # The cache has the mask. A 4D one is passed on as it is, so none is built or looked at.
     given["attention_mask"] = torch.empty(0, 1, 1, 1, device=device)
     return (), given
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    settings: _Settings = self._flash_mla
+    own = settings.own_forward
+    if own is None:
+        own = MethodType(type(self).forward, self)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, MLAPagedCache) or cache.step is None:
+        return own(*args, **kwargs)
+    return settings.graphs.forward(self, own, kwargs, cache)
 
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -231,7 +272,12 @@ def _own_way(base: Any, given: dict[str, Any]) -> bool:
 
 
 def _prepare_cache_for_generation(
-    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     if (
         model_kwargs.get("past_key_values") is None
@@ -241,8 +287,13 @@ def _prepare_cache_for_generation(
     ):
         settings: _Settings = self.base_model._flash_mla
         model_kwargs["past_key_values"] = MLAPagedCache(self.config, pages=settings.pages)
-        return
-    type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+    else:
+        type(self)._prepare_cache_for_generation(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, MLAPagedCache):
+        cache.expect(max_cache_length)
 
 
 def _update_model_kwargs_for_generation(

@@ -55,8 +55,10 @@ class PageAllocator:
         """How many requests hold ``page``."""
         return self._users[page]
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int, spare: int = 0) -> list[int]:
         """``count`` free pages, each with one user from now on.
+
+        Where there are fewer and more can be made, so many as ``spare`` are made beside them.
 
         Raises:
             PagesExhausted: there are fewer. Nothing has been taken.
@@ -69,7 +71,7 @@ class PageAllocator:
                     f"them in use, and needs {count} more. Make it with more pages, or with "
                     "pages=None so that it grows."
                 )
-            self._grow(max(missing, self.capacity // 8))
+            self._grow(max(missing + spare, self.capacity // 8))
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._users[page] = 1
@@ -138,11 +140,12 @@ class PagedRequests:
         """bool (batch, columns): which columns are stored."""
         return self._kept[:, : self.columns]
 
-    def reserve(self, new: np.ndarray) -> Reserved:
+    def reserve(self, new: np.ndarray, spare: int = 0) -> Reserved:
         """Pages for the next columns. Nothing counts as stored until :meth:`commit`.
 
         Args:
             new: bool (batch, tokens), which of the new columns are tokens to store.
+            spare: pages to make beside, if some have to be made.
 
         Raises:
             PagesExhausted: there are too few free pages. Nothing has changed.
@@ -156,7 +159,7 @@ class PagedRequests:
         after = self.lengths + new.sum(1)
         missing = np.maximum(-(-after // PAGE_SIZE) - self._held, 0)
         shared = self._shared_and_written(after)
-        pages = self.allocator.take(int(missing.sum()) + len(shared))
+        pages = self.allocator.take(int(missing.sum()) + len(shared), spare)
         if pages:
             self.version += 1
         copies = []

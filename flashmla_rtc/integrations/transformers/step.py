@@ -11,7 +11,22 @@ import torch
 
 from flashmla_rtc import get_mla_metadata
 
-from .pages import Reserved
+from .pages import PagedRequests, Reserved
+
+
+class DeviceTable:
+    """The block table of a cache on a device, uploaded when it is asked for and has changed."""
+
+    def __init__(self, requests: PagedRequests) -> None:
+        self._requests = requests
+        self._made: tuple[int, torch.Tensor] | None = None  # of which version
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """int32 (batch, pages)."""
+        version = self._requests.version
+        if self._made is None or self._made[0] != version or self._made[1].device != device:
+            self._made = version, upload(self._requests.table, device)
+        return self._made[1]
 
 
 @dataclass
@@ -25,7 +40,7 @@ class Step:
         mask: a 4D mask (batch or 1, heads or 1, tokens, columns) of the caller's, or None.
         decode: whether the paged kernels take it; otherwise keys and values are expanded.
         device: where the cache lies.
-        block_table: int32 (batch, pages) on the device.
+        table: the cache's block table.
     """
 
     new: np.ndarray
@@ -34,9 +49,14 @@ class Step:
     mask: torch.Tensor | None
     decode: bool
     device: torch.device
-    block_table: torch.Tensor
+    table: DeviceTable
     metadata: Any = field(default_factory=lambda: get_mla_metadata()[0])
     """The plan, made by the first layer's call and used by the others."""
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """int32 (batch, pages) on the device."""
+        return self.table.on(self.device)
 
     @cached_property
     def stores_all(self) -> bool:
