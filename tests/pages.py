@@ -141,10 +141,11 @@ def run_apart(page: Path, available: set[str], folder: Path) -> subprocess.Compl
     package = find_spec("flashmla_rtc")
     assert package is not None
     assert package.origin is not None
+    paths = [str(Path(package.origin).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, __file__, str(page), *sorted(available)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(package.origin).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=300,
