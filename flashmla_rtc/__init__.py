@@ -73,7 +73,7 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 # Nothing that is wrong with compiling may keep the package from being imported: a bad value of

@@ -117,24 +117,71 @@ def flash_mla_with_kvcache(
         extra_topk_length=extra_topk_length,
     )
     causal = option_checks.check_flag(causal, "causal")
-    if is_compiling or torch_modes.sees(q, k_cache):
+    way = _decode
+    if is_compiling or torch_modes.sees(q, k_cache, block_table, cache_seqlens):
         from .integrations import torch as operators
 
-        if softmax_scale is not None:
-            softmax_scale = option_checks.check_scale(softmax_scale, 1)
-        return operators.decode(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            head_dim_v,
-            tile_scheduler_metadata,
-            num_splits,
-            softmax_scale,
-            causal,
-            out,
-            lse,
-        )
+        way = operators.decode
+    return way(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        out,
+        lse,
+    )
+
+
+def decode_here(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: Any,
+    tile_scheduler_metadata: Any,
+    num_splits: Any,
+    softmax_scale: Any,
+    causal: Any,
+    out: Any = None,
+    lse: Any = None,
+) -> tuple[Any, Any]:
+    """:func:`flash_mla_with_kvcache` on what it is given, whatever torch has to see: what its
+    operators do.
+    """
+    arguments = (
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        out,
+        lse,
+    )
+    return recorded.launch_again(*arguments) or _decode(*arguments)
+
+
+def _decode(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: Any,
+    tile_scheduler_metadata: Any,
+    num_splits: Any,
+    softmax_scale: Any,
+    causal: bool,
+    out: Any,
+    lse: Any,
+) -> tuple[Any, Any]:
     q_view = arrays.view(q, "q")
     k_view = arrays.view(k_cache, "k_cache")
     table_view = arrays.view(block_table, "block_table")
@@ -212,6 +259,11 @@ def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seql
             )
         holder = plan
         plan, num_splits = holder.plan_for(shape, cache_seqlens), holder.num_splits
+    if isinstance(plan, tuple):
+        raise TypeError(
+            "tile_scheduler_metadata must be a plan's array, a FlashMLASchedMeta or None, but it is a "
+            "tuple. get_mla_metadata returns two values: plan, num_splits = get_mla_metadata(...)."
+        )
     view = arrays.view(plan, "tile_scheduler_metadata")
     splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")
     parts = metadata.num_parts(cache_seqlens.device, shape.rows_per_group, shape.heads_k)

@@ -77,7 +77,10 @@ def wrong_stride(name: str, array: View, *, whole: bool = False) -> ValueError:
 
 
 def not_int32(name: str, array: View) -> TypeError:
-    return TypeError(f"{name} must have dtype int32, but its dtype is {array.dtype}.")
+    convert = "to(torch.int32)" if array.library == "torch" else 'astype("int32")'
+    return TypeError(
+        f"{name} must have dtype int32, but its dtype is {array.dtype}. Convert it: {name}.{convert}."
+    )
 
 
 def cache_dtype(q: View, k_cache: View) -> TypeError | NotImplementedError:

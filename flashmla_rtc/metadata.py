@@ -21,7 +21,10 @@ from .checks import DecodeShape
 CPU_PARTS = 1
 
 
-@dataclass(repr=False)
+_CONFIGURATION = ("batch", "seq_len_q", "heads_q", "heads_k", "device")
+
+
+@dataclass(repr=False, eq=False)
 class FlashMLASchedMeta:
     """A plan that ``flash_mla_with_kvcache`` fills at its first call and uses again at the next.
     In a notebook it shows itself.
@@ -40,9 +43,9 @@ class FlashMLASchedMeta:
     num_splits: Any = None
     # The plan that calls have used so far, the configuration that they had, and the lengths that
     # the first of them gave, which a picture of the plan needs.
-    _used: Any = field(default=None, compare=False)
-    _made_for: tuple[Any, ...] = field(default=(), compare=False)
-    _lengths: Any = field(default=None, compare=False)
+    _used: Any = field(default=None)
+    _made_for: tuple[Any, ...] = field(default=())
+    _lengths: Any = field(default=None)
 
     def plan_for(self, shape: DecodeShape, cache_seqlens: View) -> Any:
         """The plan's array for a call of this shape, made now if there is none.
@@ -55,21 +58,26 @@ class FlashMLASchedMeta:
             self.tile_scheduler_metadata, self.num_splits = make_plan(
                 cache_seqlens, shape.rows_per_group, shape.heads_k
             )
-        elif self._used is self.tile_scheduler_metadata and self._made_for != now:
-            names = ("batch", "seq_len_q", "heads_q", "heads_k", "device")
-            differing = [
-                f"{name} {before} then, {value} now"
-                for name, before, value in zip(names, self._made_for, now, strict=True)
-                if before != value
-            ]
-            raise ValueError(
-                "tile_scheduler_metadata was filled by a call of another configuration: "
-                f"{'; '.join(differing)}. Make a new one with get_mla_metadata()."
-            )
+        else:
+            self.check(now)
         if self._used is not self.tile_scheduler_metadata:
             self._lengths = cache_seqlens.source
         self._used, self._made_for = self.tile_scheduler_metadata, now
         return self.tile_scheduler_metadata
+
+    def check(self, now: tuple[Any, ...]) -> None:
+        """Raises ValueError if a call used this plan for another configuration than ``now``."""
+        if self._used is not self.tile_scheduler_metadata or self._made_for == now:
+            return
+        differing = [
+            f"{name} {before} then, {value} now"
+            for name, before, value in zip(_CONFIGURATION, self._made_for, now, strict=True)
+            if before != value
+        ]
+        raise ValueError(
+            "tile_scheduler_metadata was filled by a call of another configuration: "
+            f"{'; '.join(differing)}. Make a new one with get_mla_metadata()."
+        )
 
     @property
     def planned_lengths(self) -> Any:
@@ -83,8 +91,7 @@ class FlashMLASchedMeta:
         if self.num_splits is not None:
             facts.append(f"requests={len(self.num_splits) - 1}")
         if self.planned_lengths is not None:
-            names = ("batch", "seq_len_q", "heads_q", "heads_k", "device")
-            facts += [f"{n}={v}" for n, v in zip(names, self._made_for, strict=True)]
+            facts += [f"{n}={v}" for n, v in zip(_CONFIGURATION, self._made_for, strict=True)]
         return f"FlashMLASchedMeta({', '.join(facts)})"
 
     def _repr_html_(self) -> str:
@@ -199,11 +206,21 @@ def get_mla_metadata(
                 "get_mla_metadata takes no arguments, or cache_seqlens, num_q_tokens_per_head_k "
                 f"and num_heads_k together; {name} is missing."
             )
-    if torch_modes.is_compiling() or torch_modes.is_fake(cache_seqlens):
+    if torch_modes.is_compiling() or torch_modes.must_see_plan(cache_seqlens):
         from .integrations import torch as operators
 
-        plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k)
+        plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k, num_heads_q)
         return operators.plan(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    return plan_here(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
+
+
+def plan_here(
+    cache_seqlens: Any,
+    num_q_tokens_per_head_k: Any,
+    num_heads_k: Any,
+    num_heads_q: Any = None,
+) -> tuple[Any, Any]:
+    """:func:`get_mla_metadata` on what it is given, whatever torch has to see."""
     lengths = arrays.view(cache_seqlens, "cache_seqlens")
     plan_checks.check_planning(lengths, num_q_tokens_per_head_k, num_heads_k, num_heads_q)
     return make_plan(lengths, int(num_q_tokens_per_head_k), int(num_heads_k))

@@ -82,7 +82,17 @@ def check_planning(
         raise messages.not_int32("cache_seqlens", cache_seqlens)
     if cache_seqlens.strides[0] != 1 and cache_seqlens.shape[0] > 1:
         raise messages.wrong_stride("cache_seqlens", cache_seqlens)
-    check_counts(num_q_tokens_per_head_k, num_heads_k)
+    check_counts(num_q_tokens_per_head_k, num_heads_k, num_heads_q)
+
+
+def check_counts(num_q_tokens_per_head_k: Any, num_heads_k: Any, num_heads_q: Any = None) -> None:
+    """Check the head counts of a plan.
+
+    Raises:
+        TypeError, ValueError: one of them is no integer, or below 1, or they do not divide.
+    """
+    _check_count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
+    _check_count(num_heads_k, "num_heads_k")
     if num_heads_q is not None:
         _check_count(num_heads_q, "num_heads_q")
         if num_heads_q % num_heads_k:
@@ -95,16 +105,6 @@ def check_planning(
                 "num_q_tokens_per_head_k must be a multiple of the query heads a KV head, "
                 f"{num_heads_q // num_heads_k}, but it is {num_q_tokens_per_head_k}."
             )
-
-
-def check_counts(num_q_tokens_per_head_k: Any, num_heads_k: Any) -> None:
-    """Check the head counts of a plan.
-
-    Raises:
-        TypeError, ValueError: one of them is no integer, or below 1.
-    """
-    _check_count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
-    _check_count(num_heads_k, "num_heads_k")
 
 
 def _check_count(value: Any, name: str) -> None:

@@ -141,6 +141,8 @@ def key_of(
     ):
         return None
     tensor_class = _tensor_class()
+    if _torch is not None and _torch._C._len_torch_dispatch_stack():
+        return None  # a mode is to see what torch is asked for
     looks: list[Any] = []
     try:
         for tensor in tensors:
@@ -248,6 +250,8 @@ def launch_again(
         note = found
         _remember(note, tensors, recent)
 
+    if _torch.autograd.forward_ad._current_level >= 0:  # tensors may have tangents
+        return None
     if note.is_launching or note.replacements != sm90.replacements or validation_enabled():
         return None
     if holder is not None and (holder._used is not plan or holder._made_for != note.made_for):

@@ -11,10 +11,12 @@ from typing import Any
 
 
 def _is_compiling() -> bool:
-    """Looks for torch at each call until it has been imported."""
+    """Looks for torch at each call until it has been imported. Where it is imported after this
+    package, a program that is compiled before the first plain call is compiled twice.
+    """
     global is_compiling
     compiler = getattr(sys.modules.get("torch"), "compiler", None)
-    known = getattr(compiler, "is_compiling", None)
+    known = getattr(compiler, "is_dynamo_compiling", None)
     if known is None:
         return False
     if known():  # torch traces this function: leave globals alone
@@ -24,19 +26,27 @@ def _is_compiling() -> bool:
 
 
 is_compiling: Callable[[], bool] = _is_compiling
-"""Whether torch is reading the program rather than running it."""
+"""Whether torch's compiler is reading this very line. When it runs while others are compiled, in
+whatever thread, the answer is no.
+"""
 
 _is_compiling()  # programs that are compiled before they are run see what later ones see
 
 
-def sees(q: Any, k_cache: Any) -> bool:
-    """Whether a call on these arrays has to go through torch's dispatcher: they ask for a gradient,
-    have no elements, or differ in precision where autocast is to convert one.
+def sees(*arrays: Any) -> bool:
+    """Whether a call on these arrays, q and the cache first, has to go through torch's dispatcher:
+    they ask for a gradient, one of them has no elements, q and cache differ in precision where
+    autocast is to convert q, or somebody listens to the dispatcher.
+
+    Raises:
+        NotImplementedError: they are inside of a transform of functions, or have a tangent.
     """
     torch: Any = sys.modules.get("torch")
     tensor = getattr(torch, "Tensor", None)
-    if not isinstance(tensor, type) or not all(isinstance(a, tensor) for a in (q, k_cache)):
+    if not isinstance(tensor, type) or not all(isinstance(array, tensor) for array in arrays[:2]):
         return False
+    q, k_cache = arrays[:2]
+    _refuse_transforms(torch, q, k_cache)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
         return True
     halves = (torch.bfloat16, torch.float16)
@@ -47,13 +57,43 @@ def sees(q: Any, k_cache: Any) -> bool:
         and torch.is_autocast_enabled(q.device.type)
     ):
         return True
-    return is_fake(q)
+    return is_listened_to() or any(is_fake(array) for array in arrays)
+
+
+def must_see_plan(cache_seqlens: Any) -> bool:
+    """The same of a call that plans for these lengths."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    if not isinstance(tensor, type) or not isinstance(cache_seqlens, tensor):
+        return False
+    return is_listened_to() or is_fake(cache_seqlens)
+
+
+def is_listened_to() -> bool:
+    """Whether a mode such as that of ``make_fx`` is to see what torch's dispatcher is asked for."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_fake(array: Any) -> bool:
     """Whether ``array`` is one of torch's tensors that only have a shape, a dtype and a device."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
     return isinstance(fake, type) and isinstance(array, fake)
+
+
+def _refuse_transforms(torch: Any, *tensors: Any) -> None:
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            "flash_mla_with_kvcache can't be transformed by torch.func (grad, vjp, jvp, vmap): it "
+            "has no derivative and no batching rule. Call it outside of the transformed function."
+        )
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(
+            "flash_mla_with_kvcache has no forward-mode derivative, and an input has a tangent. "
+            "Call it outside of torch.autograd.forward_ad.dual_level()."
+        )
 
 
 def records_graphs_on(stream: int, device: int) -> bool:

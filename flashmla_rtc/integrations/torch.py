@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flashmla_rtc
+from .. import arrays, backends, interface, messages, metadata, option_checks, schedule
+from ..rtc.kernel import device_facts
 
 _library = torch.library.Library("flashmla_rtc", "DEF")
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
+    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, SymInt head_dim_v, "
     "Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None, float? softmax_scale=None, "
     "bool causal=False"
 )
@@ -55,17 +56,20 @@ def _define(schema: str) -> Any:
 
 @_define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 def mla_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return flashmla_rtc.flash_mla_with_kvcache(*_without_options(*arguments))
+    return interface.decode_here(**_all(*arguments))
 
 
 @_define(f"mla_decode_out({_ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()")
 def mla_decode_out(*arguments: Any, out: Tensor, lse: Tensor) -> None:
-    flashmla_rtc.flash_mla_with_kvcache(*_without_options(*arguments), out=out, lse=lse)
+    _refuse_gradients(*arguments[:2])
+    interface.decode_here(**_all(*arguments), out=out, lse=lse)
 
 
-@_define("mla_metadata(Tensor cache_seqlens, int rows_per_group, int heads_k) -> (Tensor, Tensor)")
+@_define(
+    "mla_metadata(Tensor cache_seqlens, SymInt rows_per_group, SymInt heads_k) -> (Tensor, Tensor)"
+)
 def mla_metadata(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
-    return flashmla_rtc.get_mla_metadata(cache_seqlens, rows_per_group, heads_k)
+    return metadata.plan_here(cache_seqlens, rows_per_group, heads_k)
 
 
 @_define("mla_decode_backward(Tensor gradient, Tensor q, Tensor k_cache) -> (Tensor, Tensor)")
@@ -76,7 +80,7 @@ def mla_decode_backward(gradient: Tensor, q: Tensor, k_cache: Tensor) -> tuple[T
     )
 
 
-def _without_options(
+def _all(
     q: Tensor,
     k_cache: Tensor,
     block_table: Tensor,
@@ -86,19 +90,9 @@ def _without_options(
     num_splits: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-) -> tuple[Any, ...]:
+) -> dict[str, Any]:
     """All arguments of an operator, for torch leaves out those that have their defaults."""
-    return (
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        head_dim_v,
-        tile_scheduler_metadata,
-        num_splits,
-        softmax_scale,
-        causal,
-    )
+    return locals()
 
 
 # -- what they make, for tensors without elements --------------------------------------------------
@@ -123,7 +117,11 @@ def _(*arguments: Any, **results: Any) -> None:
 
 @torch.library.register_fake("flashmla_rtc::mla_metadata", lib=_library)
 def _(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
-    parts = flashmla_rtc.num_sm_parts(cache_seqlens.device, rows_per_group, heads_k)
+    device = arrays.device_named(cache_seqlens.device)
+    parts = metadata.CPU_PARTS
+    if backends.choose(device) == "sm90":  # numbers of rows may be symbols
+        sms = device_facts(device.index).num_sms
+        parts = schedule.num_sm_parts(sms, rows_per_group, heads_k)
     plan = cache_seqlens.new_empty((parts, 8), dtype=torch.int32)
     return plan, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32)
 
@@ -183,7 +181,8 @@ for _operator in (mla_decode, mla_decode_out):
 
 
 def plan(cache_seqlens: Any, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
-    """``get_mla_metadata`` in a program that torch compiles."""
+    """``get_mla_metadata`` where torch has to see it."""
+    _check_tensors(cache_seqlens=cache_seqlens)
     return mla_metadata(cache_seqlens, rows_per_group, heads_k)
 
 
@@ -192,53 +191,80 @@ def decode(
     k_cache: Any,
     block_table: Any,
     cache_seqlens: Any,
-    head_dim_v: int,
-    metadata: Any,
+    head_dim_v: Any,
+    tile_scheduler_metadata: Any,
     num_splits: Any,
-    softmax_scale: float | None,
+    softmax_scale: Any,
     causal: bool,
     out: Any,
     lse: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``flash_mla_with_kvcache`` in a program that torch compiles or differentiates.
-
-    A ``FlashMLASchedMeta`` is filled here if it is empty. Whether it belongs to this configuration
-    is seen by the operator, which checks its shapes.
+    """``flash_mla_with_kvcache`` where torch has to see it.
 
     Raises:
+        TypeError, ValueError: what an operator can't be given; what is in it, the operator checks.
         RuntimeError: ``out`` or ``lse`` together with inputs whose gradient is asked for.
     """
-    for name, tensor in (("q", q), ("k_cache", k_cache)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name} must be a torch tensor in a program that torch compiles, but it is "
-                f"{type(tensor).__name__}."
-            )
-    if isinstance(metadata, flashmla_rtc.FlashMLASchedMeta):
+    _check_tensors(
+        q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, out=out, lse=lse
+    )
+    if type(head_dim_v) not in (int, torch.SymInt):
+        head_dim_v = messages.integer(head_dim_v, "head_dim_v")
+    if softmax_scale is not None:
+        softmax_scale = option_checks.check_scale(softmax_scale, 1)
+    if isinstance(tile_scheduler_metadata, metadata.FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError(
                 "num_splits must be None when tile_scheduler_metadata is a FlashMLASchedMeta, "
                 "which holds its own."
             )
-        if metadata.tile_scheduler_metadata is None:
-            heads_k = k_cache.shape[2]
-            rows = q.shape[1] * q.shape[2] // heads_k
-            made = mla_metadata(cache_seqlens, rows, heads_k)
-            metadata.tile_scheduler_metadata, metadata.num_splits = made
-        metadata, num_splits = metadata.tile_scheduler_metadata, metadata.num_splits
-    inputs = (q, k_cache, block_table, cache_seqlens, head_dim_v, metadata, num_splits)
+        tile_scheduler_metadata, num_splits = _held(
+            tile_scheduler_metadata, q, k_cache, cache_seqlens
+        )
+    _check_tensors(tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits)
+    inputs = (q, k_cache, block_table, cache_seqlens, head_dim_v)
+    options = (tile_scheduler_metadata, num_splits, softmax_scale, causal)
     if out is None and lse is None:
-        return mla_decode(*inputs, softmax_scale, causal)
+        return mla_decode(*inputs, *options)
+    _refuse_gradients(q, k_cache)
+    batch, seq_len_q, heads_q, _ = q.shape
+    if out is None:
+        out = q.new_empty((batch, seq_len_q, heads_q, head_dim_v), dtype=k_cache.dtype)
+    if lse is None:
+        lse = q.new_empty((batch, heads_q, seq_len_q), dtype=torch.float32)
+    mla_decode_out(*inputs, *options, out=out, lse=lse)
+    return out, lse
+
+
+def _held(holder: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor) -> tuple[Any, Any]:
+    """The plan that a ``FlashMLASchedMeta`` holds for this call, made now if there is none."""
+    batch, seq_len_q, heads_q, _ = q.shape
+    heads_k = k_cache.shape[2]
+    now = batch, seq_len_q, heads_q, heads_k, arrays.device_named(q.device)
+    if holder.tile_scheduler_metadata is None:
+        made = mla_metadata(cache_seqlens, seq_len_q * heads_q // heads_k, heads_k)
+        if type(made[0]) is not Tensor:  # of no use to later calls
+            return made
+        holder.tile_scheduler_metadata, holder.num_splits = made
+    else:
+        holder.check(now)
+    holder._used, holder._made_for = holder.tile_scheduler_metadata, now
+    return holder.tile_scheduler_metadata, holder.num_splits
+
+
+def _check_tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor, as torch compiles this program or follows its "
+                f"gradients, but it is of type {type(value).__name__}."
+            )
+
+
+def _refuse_gradients(q: Tensor, k_cache: Tensor) -> None:
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
         raise RuntimeError(
             "out and lse can't be given when q or k_cache requires a gradient: torch can't follow "
             "what is written into a tensor that is there. Leave them out, or call under "
             "torch.no_grad()."
         )
-    batch, seq_len_q, heads_q, _ = q.shape
-    if out is None:
-        out = q.new_empty((batch, seq_len_q, heads_q, head_dim_v))
-    if lse is None:
-        lse = q.new_empty((batch, heads_q, seq_len_q), dtype=torch.float32)
-    mla_decode_out(*inputs, softmax_scale, causal, out=out, lse=lse)
-    return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -257,3 +258,69 @@ def test_nothing_waits_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert_matches(result, fresh.expected())
+
+
+def test_a_plan_object_from_outside_in_recorded_graphs() -> None:
+    """Filled by a plain call: what a recorded graph makes is gone when the next one runs."""
+
+    def step(holder: Any, *arguments: Any) -> Any:
+        return flashmla_rtc.flash_mla_with_kvcache(*arguments, holder)
+
+    problem = make(LENGTHS, seq_len_q=2)
+    holder = flashmla_rtc.FlashMLASchedMeta()
+    expected = step(holder, *arguments_of(problem))
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same_bits(compiled(holder, *arguments_of(problem)), expected)
+
+
+def test_who_listens_hears_of_calls_that_were_made_before() -> None:
+    """Such calls are launched from a note, past the dispatcher."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    problem = make(LENGTHS)
+    expected = decode(problem)
+    for _ in range(3):
+        decode(problem)
+    q, *rest = arguments_of(problem)
+    graph = make_fx(lambda q: flashmla_rtc.flash_mla_with_kvcache(q, *rest, None))(q)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert "flashmla_rtc.mla_decode.default" in targets
+    assert_same_bits(graph(q), expected)
+    assert_same_bits(decode(problem), expected)
+
+
+def test_a_tangent_is_refused_after_calls_without_one() -> None:
+    from torch.autograd import forward_ad
+
+    problem = make(LENGTHS)
+    expected = decode(problem)
+    for _ in range(3):
+        decode(problem)
+    with forward_ad.dual_level():
+        dual = problem.but(q=forward_ad.make_dual(problem.q, torch.ones_like(problem.q)))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            decode(dual)
+        assert_same_bits(decode(problem), expected)
+
+
+def test_other_threads_go_on_while_one_compiles() -> None:
+    problem = make(LENGTHS)
+    expected = decode(problem)
+    done, failed = threading.Event(), []
+
+    def call() -> None:
+        while not done.is_set():
+            try:
+                assert_same_bits(decode(problem), expected)
+            except BaseException as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    torch.compile(lambda x: torch.sin(x) * 2 + torch.cos(x))(torch.ones(300, device="cuda"))
+    done.set()
+    thread.join()
+    assert not failed

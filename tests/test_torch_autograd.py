@@ -1,0 +1,179 @@
+"""Gradients, transforms, autocast and deterministic mode."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashmla_rtc
+from flashmla_rtc import torch_modes
+
+torch = pytest.importorskip("torch")
+
+from torch_programs import HEAD_DIM_V, assert_same, make, with_arrays, without_a_plan  # noqa: E402  # which needs torch
+
+importlib.import_module("flashmla_rtc.integrations.torch")  # which defines the operators
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    torch_modes.is_compiling()  # torch was imported last: or the first program is compiled twice
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k_cache"])
+def test_a_gradient_is_refused_when_it_is_asked_for(which: int, compiled: bool) -> None:
+    step = torch.compile(without_a_plan, fullgraph=True) if compiled else without_a_plan
+    arguments = list(make())
+    expected = without_a_plan(*arguments)
+    arguments[which].requires_grad_()
+    out, lse = step(*arguments)  # which alone is no mistake
+    assert_same((out.detach(), lse.detach()), expected)
+    for result in (out, lse):
+        assert result.requires_grad
+        with pytest.raises(NotImplementedError, match="flash_mla_with_kvcache has no backward"):
+            result.sum().backward(retain_graph=True)
+    assert arguments[which].grad is None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_out_is_refused_where_a_gradient_would_have_to_follow_it(compiled: bool) -> None:
+    def step(out: Any, q: Any, *rest: Any) -> Any:
+        return flashmla_rtc.flash_mla_with_kvcache(q, *rest, None, out=out)
+
+    arguments = list(make())
+    expected = without_a_plan(*arguments)[0] / 2
+    out = torch.empty(3, 2, 4, HEAD_DIM_V)
+    arguments[0].requires_grad_()
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    with pytest.raises(RuntimeError, match="out and lse can't be given"):
+        run(out, *arguments)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(run(out, *arguments)[0], expected)
+    assert not out.requires_grad
+
+
+def test_the_operator_with_out_refuses_it_too() -> None:
+    arguments = list(make())
+    arguments[0].requires_grad_()
+    out, lse = torch.empty(3, 2, 4, HEAD_DIM_V), torch.empty(3, 4, 2)
+    with pytest.raises(RuntimeError, match="out and lse can't be given"):
+        torch.ops.flashmla_rtc.mla_decode_out(*arguments, out=out, lse=lse)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_kept_where_none_is_asked_for(mode: Any) -> None:
+    arguments = list(make())
+    expected = without_a_plan(*arguments)
+    arguments[0].requires_grad_()
+    with mode():
+        results = without_a_plan(*arguments)
+        compiled = torch.compile(without_a_plan, fullgraph=True)(*arguments)
+    for result in (results, compiled):
+        assert not result[0].requires_grad
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ["block_table", "cache_seqlens"])
+def test_errors_are_the_same_where_gradients_are_followed(name: str) -> None:
+    q, k_cache, table, lengths, width = make()
+    arrays = {"block_table": table, "cache_seqlens": lengths}
+    arrays[name] = arrays[name].numpy()
+    q.requires_grad_()
+    with pytest.raises(TypeError, match=f"{name} must be a torch tensor"):
+        flashmla_rtc.flash_mla_with_kvcache(
+            q, k_cache, **arrays, head_dim_v=width, tile_scheduler_metadata=None
+        )
+    with pytest.raises(TypeError, match="head_dim_v must be an integer"):
+        flashmla_rtc.flash_mla_with_kvcache(q, k_cache, table, lengths, "32", None)
+    out, _ = flashmla_rtc.flash_mla_with_kvcache(q, k_cache, table, lengths, np.int64(width), None)
+    assert out.shape[-1] == width
+
+
+def test_transforms_and_tangents_are_refused() -> None:
+    from torch.autograd import forward_ad
+
+    q, *rest = make()
+
+    def step(q: Any) -> Any:
+        return without_a_plan(q, *rest)[0]
+
+    def total(q: Any) -> Any:
+        return step(q).sum()
+
+    for transformed in (
+        lambda: torch.func.grad(total)(q),
+        lambda: torch.func.jvp(step, (q,), (q,)),
+        lambda: torch.func.vjp(step, q),
+        lambda: torch.func.vmap(step)(q[None]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"can't be transformed by torch\.func"):
+            transformed()
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            step(forward_ad.make_dual(q, torch.ones_like(q)))
+        assert_same((step(q),), (step(q),))  # without a tangent
+
+
+# -- autocast, determinism -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("step", [without_a_plan, with_arrays], ids=lambda step: step.__name__)
+def test_autocast_gives_queries_the_dtype_of_the_cache(
+    step: Callable[..., Any], cache: Any, compiled: bool
+) -> None:
+    q, k_cache, *rest = make()
+    k_cache = k_cache.to(cache)
+    expected = step(q.to(cache), k_cache, *rest)
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(q, k_cache, *rest)
+    assert results[0].dtype == cache
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_leaves_the_cache_and_float64_alone() -> None:
+    q, k_cache, *rest = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert without_a_plan(q, k_cache, *rest)[0].dtype == torch.float32
+        with pytest.raises(TypeError, match="k_cache must have q's dtype float64"):
+            without_a_plan(q.double(), k_cache.bfloat16(), *rest)
+        with pytest.raises(TypeError, match="k_cache must have q's dtype bfloat16"):
+            without_a_plan(q.bfloat16(), k_cache, *rest)
+    with pytest.raises(TypeError, match="k_cache must have q's dtype float32"):
+        without_a_plan(q, k_cache.bfloat16(), *rest)
+
+
+def test_deterministic_mode() -> None:
+    arguments = make()
+    expected = with_arrays(*arguments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for step in (with_arrays, torch.compile(with_arrays, fullgraph=True)):
+            for _ in range(3):
+                assert_same(step(*arguments), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_arrays_of_others_are_no_matter_of_torch() -> None:
+    arguments = [array.numpy() if torch.is_tensor(array) else array for array in make()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = flashmla_rtc.flash_mla_with_kvcache(*arguments, None)
+    assert isinstance(out, np.ndarray)
+    expected = without_a_plan(*make())[0].numpy() / 2
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
