@@ -76,7 +76,13 @@ def _texts(edits: Edits, name: str) -> dict[str, str]:
             f"of type {type(edits).__name__}."
         )
     folder = Path(edits).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for names that no file system takes
+        if "\n" in str(folder) or any(len(part) > 255 for part in folder.parts):
+            raise ValueError(
+                f"{name} must name a folder with .cuh files, but it is a text of "
+                f"{len(str(edits)):,} characters; if it is CUDA source, a mapping from the header "
+                'that it replaces is meant: {"mla_decode.cuh": text}.'
+            )
         raise ValueError(
             f"{name} must name a folder with .cuh files, and {str(folder)!r} is not one."
         )

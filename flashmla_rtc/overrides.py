@@ -1,8 +1,8 @@
 """Kernels of edited sources in place of the package's, for a while: ``override_sources``, and
 ``standing_in`` for tools that look into one kernel.
 
-Both put a change on one list. The sources in use are the package's with all changes of the list, in
-the order in which they were made, so that they may be undone in any order.
+Both put a change on one stack. The sources in use are the package's with all changes of the stack,
+each made to those below it. So only the newest is taken off, and what is in use then was before.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def override_sources(
         ...  # calls run the package's again
 
     Nothing is written into the package. Kernels are compiled at once, and if one does not compile,
-    nothing has changed. Overrides may be nested, and come on top of what ``FLASHMLA_RTC_KERNELS``
-    replaces.
+    nothing has changed. Overrides may be nested, the last one in being the first one out, and come
+    on top of what ``FLASHMLA_RTC_KERNELS`` replaces.
 
     It holds for the whole process: calls of all threads on Hopper GPUs, plans included. Enter and
     undo it while no other thread decodes; inside it threads may decode as always. CUDA graphs keep
@@ -65,15 +65,19 @@ def override_sources(
         may_spill: take kernels that spill registers too, which are refused otherwise.
 
     Returns:
-        A context manager that is entered already. ``undo()`` does what leaving it does.
+        A context manager that is in force already. ``undo()`` does what leaving it does.
 
     Raises:
-        TypeError, ValueError: ``sources`` is no such thing, or replaces nothing; ``kernels`` holds
-            a name that no kernel has.
+        TypeError, ValueError: ``sources`` is no such thing, or replaces nothing; ``kernels`` is no
+            list of names, or holds one that no kernel has.
         CompileError: an edited kernel does not compile; the message has the numbered lines.
         CompilerMissing: there is no NVRTC.
     """
     if kernels is not None:
+        if isinstance(kernels, str) or not isinstance(kernels, Iterable):
+            raise TypeError(
+                f'kernels must be a list of names, such as ["mla_schedule"], but it is {kernels!r}.'
+            )
         chosen = [variants.named(name) for name in kernels]
     else:
         chosen = list(variants.default_variants()) if compile_mode() == "import" else []
@@ -105,6 +109,7 @@ class SourceOverride:
 
     def __init__(self, change: _Change) -> None:
         self._change = change
+        self._in_block = False
         self.changed = tuple(change.headers)
 
     @property
@@ -113,12 +118,23 @@ class SourceOverride:
         return self._change in _changes
 
     def undo(self) -> None:
-        """Take it back. Undoing it again does nothing."""
+        """Take it back. Undoing it again does nothing.
+
+        Raises RuntimeError, and leaves all as it is, if a newer override is in force: that one was
+        made on top of this one, and must be undone before.
+        """
         _remove(self._change)
 
     def __enter__(self) -> SourceOverride:
+        """Raises RuntimeError if it was undone, or if a ``with`` block holds it already."""
         if not self.active:
             raise RuntimeError("This override was undone; call override_sources again.")
+        if self._in_block:
+            raise RuntimeError(
+                "A with block holds this override already, and would undo it where it ends; call "
+                "override_sources again."
+            )
+        self._in_block = True
         return self
 
     def __exit__(
@@ -127,7 +143,11 @@ class SourceOverride:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.undo()
+        """Like ``undo``. On the way of an exception newer ones are taken back with it: those who
+        would have undone them are not reached any more.
+        """
+        self._in_block = False
+        _remove(self._change, and_newer=kind is not None)
 
     def __repr__(self) -> str:
         names = ", ".join(self.changed) or "nothing"
@@ -144,14 +164,27 @@ def standing_in(variant: Variant, name: str, device: int) -> Iterator[LoadedKern
         _set([*_changes, change])
     try:
         yield sm90.launcher(name, device).kernel
-    finally:
-        _remove(change)
+    except BaseException:
+        _remove(change, and_newer=True)
+        raise
+    _remove(change)
 
 
-def _remove(change: _Change) -> None:
+def _remove(change: _Change, and_newer: bool = False) -> None:
+    """Take ``change`` off the stack, if it is there."""
     with _lock:
-        if change in _changes:
-            _set([other for other in _changes if other is not change])
+        if change not in _changes:
+            return
+        place = _changes.index(change)
+        newer = _changes[place + 1 :]
+        if newer and not and_newer:
+            names = ", ".join([*newer[-1].headers, *newer[-1].stand_ins])
+            last = f"that of {names}" if names else "the newest, which changes nothing,"
+            raise RuntimeError(
+                "Overrides are undone in the opposite order of their making, and this is not the "
+                f"newest in force: undo {last} first."
+            )
+        _set(_changes[:place])
 
 
 def _sources(changes: list[_Change]) -> Sources | None:

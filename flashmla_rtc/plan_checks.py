@@ -8,7 +8,7 @@ from . import geometry, messages
 from .arrays import Device, View
 from .checks import SEQLENS_AXES, DecodeShape
 
-__all__ = ["check_metadata", "check_planning"]
+__all__ = ["check_counts", "check_metadata", "check_planning"]
 
 
 def check_metadata(

@@ -52,7 +52,8 @@ def draw_plan(
 
     Args:
         tile_scheduler_metadata: int32 (num_sm_parts, 8) from ``get_mla_metadata`` or ``plan_for``,
-            or a ``FlashMLASchedMeta``, whose first call tells the lengths.
+            or a ``FlashMLASchedMeta``, whose first call tells the lengths: the array that it got,
+            with what that holds now, which is not what was planned if it was written since.
         num_splits: int32 (requests + 1,); None takes the plan to be for all of ``cache_seqlens``.
         cache_seqlens: int32 (batch,), keys of each request: a request's last piece ends where the
             length says. None only with a ``FlashMLASchedMeta`` that a call has filled.
@@ -60,6 +61,11 @@ def draw_plan(
     Raises:
         TypeError, ValueError: an argument is no such thing, or not there.
     """
+    if _is_plan_and_splits(tile_scheduler_metadata):
+        raise TypeError(
+            "tile_scheduler_metadata is a tuple of two, as get_mla_metadata and plan_for return "
+            "it: pass its parts, as in draw_plan(*plan, cache_seqlens)."
+        )
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         holder = tile_scheduler_metadata
         tile_scheduler_metadata = holder.tile_scheduler_metadata
@@ -75,6 +81,14 @@ def draw_plan(
             "cache_seqlens is missing: the plan does not hold the lengths of the requests."
         )
     return PlanPicture(ReadPlan(tile_scheduler_metadata, num_splits, cache_seqlens))
+
+
+def _is_plan_and_splits(plan: Any) -> bool:
+    """Whether it is a pair of things that are no rows of integers."""
+    if not isinstance(plan, tuple) or len(plan) != 2:
+        return False
+    first = plan[0]
+    return not isinstance(first, (list, tuple)) or any(isinstance(x, (list, tuple)) for x in first)
 
 
 class PlanPicture:

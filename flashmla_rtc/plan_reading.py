@@ -62,10 +62,11 @@ def plan_for(
     For looking at plans without that GPU. Lengths on a GPU are copied to the host.
 
     Args:
-        cache_seqlens: int32 (batch,), keys of each request, or a sequence of integers.
+        cache_seqlens: int32 (batch,), keys of each request, or a list or tuple of integers.
         num_q_tokens_per_head_k: query rows of one KV head: seq_len_q * heads_q // heads_k.
         num_heads_k: KV heads.
-        num_sms: 132 on an H100 or H200 SXM, 114 on an H100 PCIe, 78 on an H20.
+        num_sms: 132 on an H100 or H200 SXM, 114 on an H100 PCIe, 78 on an H20. A plan has 256
+            parts (``geometry.MAX_PARTS``) at most, however many SMs there are.
 
     Returns:
         ``tile_scheduler_metadata`` int32 (num_sm_parts, 8) and ``num_splits`` int32 (batch + 1,),
@@ -161,11 +162,11 @@ class ReadPlan:
 
 
 def _int32(values: Any, name: str, rank: int) -> np.ndarray:
-    """An int32 array of any library, or a sequence of integers, on the host."""
+    """An int32 array of any library, or a list or tuple of integers, on the host."""
     if isinstance(values, (list, tuple)):
         try:
-            host = np.array(values, dtype=np.int32)
-        except (TypeError, ValueError, OverflowError) as error:
+            host = np.array(_integers(values, name), dtype=np.int32)
+        except (ValueError, OverflowError) as error:
             raise TypeError(f"{name} must hold int32 numbers: {error}.") from None
     else:
         view = arrays.view(values, name)
@@ -175,3 +176,10 @@ def _int32(values: Any, name: str, rank: int) -> np.ndarray:
     if host.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimensions, but its shape is {host.shape}.")
     return host
+
+
+def _integers(values: Any, name: str) -> Any:
+    """``values`` with an int in place of every number, since NumPy would round and take bools."""
+    if isinstance(values, (list, tuple)):
+        return [_integers(value, f"{name}[{place}]") for place, value in enumerate(values)]
+    return messages.integer(values, name)

@@ -14,6 +14,7 @@ import pytest
 PAGES = pages.pages()
 WITH_PYTHON = [page for page in PAGES if pages.python_blocks(page)]
 LANGUAGES = {"python", "bash", "sh", "text"}
+STAND_INS = {"TODO", "TBD", "FIXME", "XXX"}
 
 
 def name(page: Path) -> str:
@@ -63,3 +64,40 @@ def test_links_lead_somewhere(page: Path) -> None:
     local = [target for target in targets if not target.startswith(("http", "#", "mailto:"))]
     missing = [target for target in local if not (page.parent / target.partition("#")[0]).exists()]
     assert not missing
+
+
+def placeholders(text: str) -> list[str]:
+    """Cells of tables that wait for their contents: TODO and the like, and words in capitals in
+    columns that are aligned to the right, where figures belong.
+    """
+    found: list[str] = []
+    figures: list[bool] | None = None  # of each column of the table; None outside of tables
+    in_code = False
+    for line in text.splitlines():
+        in_code ^= line.lstrip().startswith("```")
+        if in_code or not line.lstrip().startswith("|"):
+            figures = None
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+        if figures is None or all(re.fullmatch(":?-+:?", cell) for cell in cells):
+            figures = [re.fullmatch("-+:", cell) is not None for cell in cells]
+            cells = []
+        for place, cell in enumerate(cells):
+            holds_figures = place < len(figures) and figures[place]
+            if cell in STAND_INS or (holds_figures and re.fullmatch("[A-Z]{2,}", cell)):
+                found.append(cell)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_cell_of_a_table_is_a_placeholder(page: Path) -> None:
+    assert placeholders(page.read_text(encoding="utf-8")) == []
+
+
+def test_placeholders_are_told_from_contents() -> None:
+    table = "| GPU | US |\n| --- | ---: |\n| FP8 | 12 |\n| CUDA | OUT |\n| TBD | 1.5 |\n| MHA | |\n"
+    assert placeholders(table) == ["OUT", "TBD"]
+    assert placeholders(f"```text\n{table}```\n") == []
+    assert placeholders("| `a\\|b` | c |\n| --- | ---: |\n| TODO\\|x | RED |\n\n| A | XX |\n") == [
+        "RED"
+    ]

@@ -323,13 +323,63 @@ def test_facts_are_said_in_words() -> None:
         ((np.zeros(8, np.int32), None, [1]), ValueError, "must have 2 dimensions"),
         ((np.zeros((4, 8), np.int32), None, None), ValueError, "cache_seqlens is missing"),
         ((np.zeros((4, 8), np.int32), [0, 1, 2], [1]), ValueError, "num_splits must have between"),
-        ((np.zeros((4, 8), np.int32), None, ["a"]), TypeError, "cache_seqlens must hold int32"),
+        (
+            (np.zeros((4, 8), np.int32), None, ["a"]),
+            TypeError,
+            r"cache_seqlens\[0\] must be an int",
+        ),
+        ((np.zeros((4, 8), np.int32), None, [2**31]), TypeError, "must hold int32 numbers"),
+        (([[0] * 8, [0.5] * 8], None, [1]), TypeError, r"metadata\[1\]\[0\] must be an integer"),
+        (([[0] * 8, [0] * 7], None, [1]), TypeError, "must hold int32 numbers: .*inhomogeneous"),
         ((np.zeros((4, 8), np.int32), None, 3), TypeError, "cache_seqlens must be an array"),
     ],
 )
 def test_what_is_no_plan(arguments: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         draw_plan(*arguments)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_the_pair_has_to_be_unpacked(library: str) -> None:
+    array = arrays_of(library)
+    lengths = array(np.array([1000, 64], np.int32))
+    plan, splits = (np.asarray(part) for part in plan_for([1000, 64], 16, num_sms=2))
+    for pair in (
+        flashmla_rtc.get_mla_metadata(lengths, 16, 1),
+        flashmla_rtc.get_mla_metadata(),
+        plan_for(lengths, 16),
+        (plan.tolist(), splits.tolist()),
+    ):
+        with pytest.raises(TypeError, match=r"as in draw_plan\(\*plan, cache_seqlens\)"):
+            draw_plan(pair, None, lengths)
+    # A plan of two parts may be a tuple of two rows.
+    rows = tuple(tuple(row) for row in plan.tolist())
+    assert draw_plan(rows, splits, lengths).svg == draw_plan(plan, splits, lengths).svg
+
+
+def test_lengths_as_they_are_now() -> None:
+    """The object keeps the array, not what it held when the plan was made."""
+    meta, lengths = FlashMLASchedMeta(), np.array([500, 3, 64], np.int32)
+    decode(meta, lengths)
+    lengths += 100
+    check(draw_plan(meta), [600, 103, 164], 1)
+
+
+@pytest.mark.parametrize("wrong", [1.5, 2.0, True, np.True_, np.float32(1), "1", None])
+def test_lengths_that_are_no_integers(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"cache_seqlens\[1\] must be an integer, but it is"):
+        plan_for([2, wrong], 16)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    plan, splits = plan_for([np.int64(900), np.uint8(7)], 16)
+    expected = plan_for([900, 7], 16)
+    assert np.array_equal(plan, expected[0])
+    assert np.array_equal(splits, expected[1])
+
+
+def test_no_plan_has_more_parts_than_the_planner_takes() -> None:
+    assert len(plan_for([100_000], 16, num_sms=100_000)[0]) == geometry.MAX_PARTS == 256
 
 
 def test_what_cannot_be_planned() -> None:

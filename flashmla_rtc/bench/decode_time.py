@@ -55,7 +55,6 @@ def time_decode(
     ragged: bool = False,
     dtype: str = "bfloat16",
     held: float | None = None,
-    timer: Timer | None = None,
 ) -> DecodeTime:
     """Time a decode call on torch's current CUDA device, with the kernels that are in use.
 
@@ -68,7 +67,6 @@ def time_decode(
         ragged: lengths drawn from a normal distribution, the same at every call.
         dtype: "bfloat16" or "float16".
         held: seconds to keep the GPU busy for the held time too.
-        timer: another clock than CUDA graphs.
 
     Raises:
         ValueError: a number below 1, another dtype.
@@ -82,7 +80,7 @@ def time_decode(
         raise ValueError(f'dtype must be "bfloat16" or "float16", but it is {dtype!r}.')
     shape = Shape(batch, seq_len_q, heads_q, keys, ragged, dtype)
     device = _hopper()
-    timer = timer or GraphTimer()
+    timer: Timer = GraphTimer()
     calls = own_calls(Pool([shape], dtype=dtype).problem(shape))
     recording = timer.record(calls, shape.limit_seconds(_READ, _MATMUL) + _LAUNCH)
     taken: Timing = timer.measure({"own": recording}, held)["own"]
