@@ -1,6 +1,6 @@
 """Run the notebooks of this folder in place and write down where: device, versions, sources.
 
-    python examples/run_notebooks.py [NAME.ipynb ...]
+    python examples/run_notebooks.py [--output FOLDER] [NAME.ipynb ...]
 
 Needs nbclient and ipykernel (extra `notebooks`), no Jupyter server and no installed kernel: the
 kernel is this interpreter. The notebooks are committed as this leaves them on a Hopper GPU;
@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CELL_SECONDS = 300
+HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 PACKAGES = (
     "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "jax", "matplotlib", "cuda-bindings",
 )  # fmt: skip
@@ -155,16 +157,25 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # this clone's package, installed or not
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks of this folder; all if none is given")
-    names = parser.parse_args().names
+    parser.add_argument(
+        "--output", type=Path, help="where to write them, if not in place of those that are run"
+    )
+    arguments = parser.parse_args()
+    names, output = arguments.names, arguments.output
     paths = [HERE / Path(name).name for name in names] or sorted(HERE.glob("*.ipynb"))
     recorded = where()
+    if output is None and not HOPPER.search(recorded["device"]):
+        raise SystemExit(
+            "The notebooks hold the outputs of a Hopper GPU, and there is none here: name another "
+            "folder for what they give on this machine, --output FOLDER."
+        )
     print(f"On {recorded['device']}:")
     for path in paths:
         start = time.perf_counter()
         notebook = execute(path)
         tidy(notebook)
         notebook.metadata["flashmla_rtc"] = recorded
-        nbformat.write(notebook, path)
+        nbformat.write(notebook, (output or HERE) / path.name)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

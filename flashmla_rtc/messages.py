@@ -79,7 +79,8 @@ def wrong_stride(name: str, array: View, *, whole: bool = False) -> ValueError:
 def not_int32(name: str, array: View) -> TypeError:
     convert = "to(torch.int32)" if array.library == "torch" else 'astype("int32")'
     return TypeError(
-        f"{name} must have dtype int32, but its dtype is {array.dtype}. Convert it: {name}.{convert}."
+        f"{name} must have dtype int32, but its dtype is {array.dtype}. Convert it: "
+        f"{name}.{convert}."
     )
 
 

@@ -196,9 +196,17 @@ def test_the_runner_writes_down_where(
         nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")]), path
     )
     monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setattr(runner, "device", lambda: "CPU")
     monkeypatch.setattr(sys, "argv", ["run_notebooks.py"])
+    with pytest.raises(SystemExit, match="--output FOLDER"):
+        runner.main()
+    assert not code_cells(read(path))[0]["outputs"]
+    output = tmp_path / "output"
+    output.mkdir()
+    monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "--output", str(output)])
     runner.main()
-    written = read(path)
+    assert not code_cells(read(path))[0]["outputs"]
+    written = read(output / path.name)
     (cell,) = code_cells(written)
     assert texts(cell) == "42\n"
     assert cell["execution_count"] == 1
