@@ -261,8 +261,8 @@ def _plan_view(plan: Any, num_splits: Any, shape: checks.DecodeShape, cache_seql
         plan, num_splits = holder.plan_for(shape, cache_seqlens), holder.num_splits
     if isinstance(plan, tuple):
         raise TypeError(
-            "tile_scheduler_metadata must be a plan's array, a FlashMLASchedMeta or None, but it is "
-            "a tuple. get_mla_metadata returns two: plan, num_splits = get_mla_metadata(...)."
+            "tile_scheduler_metadata must be a plan's array, a FlashMLASchedMeta or None, but it "
+            "is a tuple. get_mla_metadata returns two: plan, num_splits = get_mla_metadata(...)."
         )
     view = arrays.view(plan, "tile_scheduler_metadata")
     splits_view = None if num_splits is None else arrays.view(num_splits, "num_splits")

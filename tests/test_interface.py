@@ -516,6 +516,12 @@ def test_plans_can_be_assigned_to_the_object(numpy_problem: Problem) -> None:
         flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, meta)
 
 
+def test_what_get_mla_metadata_returns_has_to_be_taken_apart(numpy_problem: Problem) -> None:
+    for both in (get_mla_metadata(), get_mla_metadata(numpy_problem.cache_seqlens, ROWS, HEADS_K)):
+        with pytest.raises(TypeError, match=r"it is a tuple\. get_mla_metadata returns two"):
+            flash_mla_with_kvcache(*numpy_problem.arrays, HEAD_DIM_V, both)
+
+
 def test_num_splits_beside_the_object_is_refused(numpy_problem: Problem) -> None:
     meta, _ = get_mla_metadata()
     with pytest.raises(ValueError, match=r"^num_splits must be None"):
