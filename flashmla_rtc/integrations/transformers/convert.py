@@ -16,6 +16,7 @@ from .cache import MLAPagedCache
 from .families import FAMILIES
 from .graphs import CudaGraphs, ModelGraphs
 from .pages import PAGE_SIZE, check_pages
+from .projection import check_projection
 
 Model = TypeVar("Model", bound=Any)
 
@@ -158,13 +159,11 @@ def _attention_modules(base: Any) -> dict[str, Any]:
 
 def _check_weights(name: str, module: Any) -> None:
     layer = module.kv_b_proj
-    kind = type(layer).__name__
-    if type(layer) is torch.nn.Linear and not layer.weight.dtype.is_floating_point:
-        kind += f" of {layer.weight.dtype}"
-    if kind != "Linear":
+    check_projection(f"{name}.kv_b_proj", layer)
+    if not layer.weight.dtype.is_floating_point:
         raise NotImplementedError(
-            f"{name}.kv_b_proj must be a torch.nn.Linear of floating-point weights to be absorbed, "
-            f"but it is a {kind}: quantised and wrapped weights are not supported."
+            f"{name}.kv_b_proj must be of floating-point weights to be absorbed, but they are "
+            f"{layer.weight.dtype}: quantised weights are not supported."
         )
     if layer.weight.is_meta:
         raise NotImplementedError(
