@@ -268,7 +268,11 @@ def spread() -> Any:
             NotImplementedError,
             "models of type 'llama'; it supports axk1, deepseek_v2, deeps",
         ),
-        (wrapped, NotImplementedError, "layers.1.self_attn.kv_b_proj must.*is a torch.nn.*Sequential:"),
+        (
+            wrapped,
+            NotImplementedError,
+            "layers.1.self_attn.kv_b_proj must.*is a torch.nn.*Sequential:",
+        ),
         (quantised, NotImplementedError, "layers.0.self_attn.kv_b_proj.*they are torch.int8"),
         (offloaded, NotImplementedError, "layers.0.self_attn.kv_b_proj is on the device meta"),
         (spread, NotImplementedError, "several devices is not supported.*cpu, meta"),

@@ -32,7 +32,7 @@ def check_projection(name: str, layer: Any) -> None:
         kind = type(layer.weight)
         found = f"has a weight of type {kind.__module__}.{kind.__qualname__}"
     raise NotImplementedError(
-        f"{name} must be a torch.nn.Linear with a plain weight and nothing else to be absorbed, but "
-        f"it {found}: quantised weights, adapters (LoRA) that are not merged and hooks are not "
+        f"{name} must be a torch.nn.Linear with a plain weight and nothing else to be absorbed, "
+        f"but it {found}: quantised weights, adapters (LoRA) that are not merged and hooks are not "
         "supported there."
     )
