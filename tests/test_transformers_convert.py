@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from flashmla_rtc.integrations.transformers import (  # noqa: E402
     remove_flash_mla,
     use_flash_mla,
 )
+from flashmla_rtc.integrations.transformers.versions import SUPPORTED_VERSIONS  # noqa: E402
 
 
 def is_as_it_was(model: Any) -> bool:
@@ -284,6 +287,38 @@ def spread() -> Any:
 def test_models_that_are_refused(make: Callable[[], Any], error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
         use_flash_mla(make())
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "5.24.0.dev0", "5.24.0", "6.0"])
+def test_other_versions_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(transformers, "__version__", version)
+    said = rf"does not support transformers {re.escape(version)}; it supports .*>=5\.17,<5\.24"
+    with pytest.raises(NotImplementedError, match=said):
+        use_flash_mla(model)
+    assert is_as_it_was(model)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.20.0.dev0", "5.23.7"])
+def test_versions_of_transformers_that_are_taken(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    use_flash_mla(tiny_model())
+
+
+@pytest.mark.checkout
+def test_all_say_the_same_versions() -> None:
+    root = Path(__file__).resolve().parents[1]
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r'"transformers([<>=][^"]*)"', project)) == {SUPPORTED_VERSIONS}
+    bounds = re.fullmatch(r">=(\d+)\.(\d+),<(\d+)\.(\d+)", SUPPORTED_VERSIONS)
+    assert bounds is not None
+    major, first, same, end = map(int, bounds.groups())
+    assert major == same
+    said = f"transformers {major}.{first} to {major}.{end - 1}"
+    for page in ("README.md", "docs/transformers.md", "examples/transformers_generate.py"):
+        assert said in (root / page).read_text(encoding="utf-8"), page
 
 
 def test_settings_that_are_refused() -> None:
