@@ -14,7 +14,17 @@ step of a series to the end of the last on the device. It includes all of the mo
 For the first case the time of generate() a token is taken as well, over 64 greedy tokens of a call
 that goes on from the cache: what generate() does itself comes on top of the step.
 
-Paths: transformers' eager and sdpa attention, ours without CUDA graphs, and ours with them.
+Paths: transformers' eager and sdpa attention, ours without CUDA graphs, and ours with them. Each
+row of the JSON has
+
+- path; batch, the number of requests; context, the tokens of each that the cache begins with;
+- ms: milliseconds a step, the best of three series;
+- second_step_ms: milliseconds of the second step over the cache, which a graph is captured in;
+- workspace_bytes: the most device memory that a step takes beside what it found; null on a CPU;
+- logits_error: the norm of the first step's logits less those in float32, over the norm of these;
+- cache_bytes: all layers of the cache after the series, pages that are free included;
+- generate_ms: milliseconds a token of generate(), null but in the first case;
+- ours_is_faster_by: ms over the ms of the last path of the case.
 """
 
 from __future__ import annotations
@@ -23,6 +33,7 @@ import argparse
 import copy
 import datetime
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -219,6 +230,16 @@ def measure(
     return rows
 
 
+def command_of(arguments: list[str]) -> str:
+    """What was run; files by their names alone, wherever they lie."""
+
+    def shown(argument: str) -> str:
+        option, equals, value = argument.rpartition("=")
+        return option + equals + Path(value).name if "/" in value else argument
+
+    return shlex.join(["python", "benchmarks/transformers_decode.py", *map(shown, arguments)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
@@ -242,7 +263,7 @@ def main() -> None:
             "digest": variants.sources_digest(),
             "driver": driver_version(),
             "versions": {**package_versions(), "transformers": transformers.__version__},
-            "command": "python " + " ".join(["benchmarks/transformers_decode.py", *sys.argv[1:]]),
+            "command": command_of(sys.argv[1:]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
             "model": {**SHAPE, "layers": options.layers, "dtype": str(DTYPE), "mlp": "dense"},
             "rows": rows,

@@ -13,7 +13,7 @@ try:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 except ImportError:
-    raise SystemExit("This example needs torch and transformers 5.17 or later.") from None
+    raise SystemExit("This example needs torch and transformers 5.17 to 5.23.") from None
 from dense_attention import relative_error
 
 from flashmla_rtc.integrations.transformers import remove_flash_mla, use_flash_mla

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from flashmla_rtc.integrations.transformers import (  # noqa: E402
     remove_flash_mla,
     use_flash_mla,
 )
+from flashmla_rtc.integrations.transformers.versions import SUPPORTED_VERSIONS  # noqa: E402
 
 
 def is_as_it_was(model: Any) -> bool:
@@ -120,6 +123,108 @@ def test_attention_weights_are_not_to_be_had() -> None:
         assert len(model(**prompts(5), output_attentions=True, use_cache=False).attentions) == 2
 
 
+class Linear(torch.nn.Module):
+    """An adapter around a layer that goes by the layer's name and shows its weight, as peft's."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = torch.nn.Linear(base.in_features, 4, bias=False)
+        self.up = torch.nn.Linear(4, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def forward(self, x: Any) -> Any:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Packed(torch.Tensor):
+    """A weight that is not what its numbers say."""
+
+
+def adapt(layer: Any) -> Any:
+    return Linear(layer)
+
+
+def hook(layer: Any) -> Any:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def hook_before(layer: Any) -> Any:
+    layer.register_forward_pre_hook(lambda *_: None)
+    return layer
+
+
+def assign(layer: Any) -> Any:
+    layer.forward = lambda x: 2 * torch.nn.functional.linear(x, layer.weight)
+    return layer
+
+
+def pack(layer: Any) -> Any:
+    packed = layer.weight.detach().as_subclass(Packed)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    return layer
+
+
+def add_bias(layer: Any) -> Any:
+    layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+    return layer
+
+
+CHANGES = [
+    (adapt, r"it is a .*\.Linear: .*adapters \(LoRA\) that are not merged"),
+    (hook, "it runs hooks or a forward"),
+    (hook_before, "it runs hooks or a forward"),
+    (assign, "it runs hooks or a forward"),
+    (pack, r"it has a weight of type .*\.Packed"),
+    (add_bias, "it has a bias"),
+]
+
+
+@pytest.mark.parametrize("change, said", CHANGES, ids=[c.__name__ for c, _ in CHANGES])
+def test_a_projection_that_is_more_than_its_weight(change: Callable[[Any], Any], said: str) -> None:
+    """Before the conversion, after it, and between two steps over one cache."""
+
+    def changed(model: Any) -> Any:
+        attention = model.model.layers[1].self_attn
+        attention.kv_b_proj = change(attention.kv_b_proj)
+        return model
+
+    model = changed(tiny_model())
+    with pytest.raises(NotImplementedError, match=f"layers.1.self_attn.kv_b_proj must.*{said}"):
+        use_flash_mla(model)
+    assert "_flash_mla" not in vars(model.model)
+
+    model = changed(use_flash_mla(tiny_model()))
+    with pytest.raises(NotImplementedError, match=f"kv_b_proj of layer 1 must.*{said}"):
+        model.generate(**prompts(9, 4), max_new_tokens=3)
+
+    model = use_flash_mla(tiny_model())
+    step = torch.tensor([[5], [7]])
+    with torch.no_grad():
+        cache = model(**prompts(9, 4)).past_key_values
+        with pytest.raises(NotImplementedError, match=f"kv_b_proj of layer 1 must.*{said}"):
+            changed(model)(step, past_key_values=cache)
+    assert cache.cache_seqlens.tolist() == [9, 4]
+
+
+def test_an_adapter_that_is_merged_counts() -> None:
+    model = use_flash_mla(tiny_model())
+    layer = model.model.layers[1].self_attn.kv_b_proj
+    with torch.no_grad():
+        layer.weight += 0.1 * torch.randn_like(layer.weight)
+    result = model.generate(**prompts(9, 4), max_new_tokens=9, do_sample=False)
+    expected = remove_flash_mla(model).generate(**prompts(9, 4), max_new_tokens=9, do_sample=False)
+    assert torch.equal(result, expected)
+
+
 def llama() -> Any:
     config = transformers.AutoConfig.for_model(
         "llama",
@@ -166,8 +271,12 @@ def spread() -> Any:
             NotImplementedError,
             "models of type 'llama'; it supports axk1, deepseek_v2, deeps",
         ),
-        (wrapped, NotImplementedError, "layers.1.self_attn.kv_b_proj must be.*it is a Sequential"),
-        (quantised, NotImplementedError, "layers.0.self_attn.kv_b_proj.*a Linear of torch.int8"),
+        (
+            wrapped,
+            NotImplementedError,
+            "layers.1.self_attn.kv_b_proj must.*is a torch.nn.*Sequential:",
+        ),
+        (quantised, NotImplementedError, "layers.0.self_attn.kv_b_proj.*they are torch.int8"),
         (offloaded, NotImplementedError, "layers.0.self_attn.kv_b_proj is on the device meta"),
         (spread, NotImplementedError, "several devices is not supported.*cpu, meta"),
         (lambda: torch.nn.Linear(1, 1), TypeError, "must be a PreTrainedModel, but it is a Linear"),
@@ -178,6 +287,38 @@ def spread() -> Any:
 def test_models_that_are_refused(make: Callable[[], Any], error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
         use_flash_mla(make())
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "5.24.0.dev0", "5.24.0", "6.0"])
+def test_other_versions_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(transformers, "__version__", version)
+    said = rf"does not support transformers {re.escape(version)}; it supports .*>=5\.17,<5\.24"
+    with pytest.raises(NotImplementedError, match=said):
+        use_flash_mla(model)
+    assert is_as_it_was(model)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.20.0.dev0", "5.23.7"])
+def test_versions_of_transformers_that_are_taken(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    use_flash_mla(tiny_model())
+
+
+@pytest.mark.checkout
+def test_all_say_the_same_versions() -> None:
+    root = Path(__file__).resolve().parents[1]
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r'"transformers([<>=][^"]*)"', project)) == {SUPPORTED_VERSIONS}
+    bounds = re.fullmatch(r">=(\d+)\.(\d+),<(\d+)\.(\d+)", SUPPORTED_VERSIONS)
+    assert bounds is not None
+    major, first, same, end = map(int, bounds.groups())
+    assert major == same
+    said = f"transformers {major}.{first} to {major}.{end - 1}"
+    for page in ("README.md", "docs/transformers.md", "examples/transformers_generate.py"):
+        assert said in (root / page).read_text(encoding="utf-8"), page
 
 
 def test_settings_that_are_refused() -> None:

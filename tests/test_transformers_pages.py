@@ -14,7 +14,13 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule  # noqa: E402
+from hypothesis.stateful import (  # noqa: E402
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from flashmla_rtc.integrations.transformers.pages import (  # noqa: E402
     PAGE_SIZE,
@@ -64,24 +70,51 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.requests = PagedRequests(PageAllocator())
         self.pages = np.full((0, PAGE_SIZE), -1)
-        self.expected: list[list[tuple[int, int]]] | None = None
+        self.expected: list[list[tuple[int, int]]] | None = None  # None without columns
         self.columns = 0
         self.token = 0
 
-    def _reserve(self, data: Any, tokens: int) -> np.ndarray:
+    @initialize(pages=st.sampled_from([None, 7]))
+    def start(self, pages: int | None) -> None:
+        self.requests = PagedRequests(PageAllocator(pages))
+
+    def _draw(self, data: Any, tokens: int) -> tuple[np.ndarray, list[int] | None]:
+        """New columns, and how many tokens of each request stay, None for all."""
         batch = data.draw(st.integers(1, 4)) if self.expected is None else len(self.expected)
-        if self.expected is None:
-            self.expected = [[] for _ in range(batch)]
         bits = st.lists(st.booleans(), min_size=batch * tokens, max_size=batch * tokens)
-        whole = data.draw(st.booleans())
         new = np.ones((batch, tokens), bool)
-        if not whole:
-            new = np.array(data.draw(bits)).reshape(batch, tokens)
-        reserved = self.requests.reserve(new)
+        if not data.draw(st.booleans()):
+            new = np.array(data.draw(bits), bool).reshape(batch, tokens)
+        if self.expected is None or not data.draw(st.booleans()):
+            return new, None
+        return new, [data.draw(st.integers(0, len(request))) for request in self.expected]
+
+    def _seen(self, stay: list[int] | None) -> np.ndarray | None:
+        if stay is None or self.expected is None:
+            return None
+        seen = self.requests.kept.copy()
+        for request, tokens in enumerate(self.expected):
+            seen[request, [column for column, _ in tokens[stay[request] :]]] = False
+        return seen
+
+    def _make_pages(self) -> None:
         more = self.requests.allocator.capacity - len(self.pages)
-        self.pages = np.concatenate([self.pages, np.full((more, PAGE_SIZE), -1)])
+        self.pages = np.concatenate([self.pages, np.full((max(more, 0), PAGE_SIZE), -1)])
+
+    def _reserve(self, data: Any, tokens: int) -> np.ndarray | None:
+        """The new columns that are written; None where pages do not suffice."""
+        new, stay = self._draw(data, tokens)
+        try:
+            reserved = self.requests.reserve(
+                new, seen=self._seen(stay), make_pages=self._make_pages
+            )
+        except PagesExhausted:
+            assert self.requests.allocator.fixed
+            return None
+        if stay is not None and self.expected is not None:
+            for request, count in zip(self.expected, stay, strict=True):
+                del request[count:]
         for source, target in reserved.copies:
             self.pages[target] = self.pages[source]
         np.testing.assert_array_equal(reserved.rows, np.flatnonzero(new))
@@ -94,9 +127,12 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), tokens=st.integers(1, 70))
     def forward(self, data: Any, tokens: int) -> None:
         new = self._reserve(data, tokens)
+        if new is None:
+            return
         self.requests.commit(new)
         written = iter(self.written.tolist())
-        assert self.expected is not None
+        if self.expected is None:
+            self.expected = [[] for _ in new]
         for request, column in np.argwhere(new).tolist():
             self.expected[request].append((self.columns + column, next(written)))
         self.columns += tokens
@@ -105,6 +141,25 @@ class Machine(RuleBasedStateMachine):
     def forward_that_fails(self, data: Any, tokens: int) -> None:
         self._reserve(data, tokens)
 
+    @rule(data=st.data(), tokens=st.integers(1, 70))
+    def pages_that_can_not_be_made(self, data: Any, tokens: int) -> None:
+        requests = self.requests
+        allocator = requests.allocator
+
+        def state() -> Any:
+            arrays = requests.table, requests.lengths, requests.kept
+            numbers = requests.batch, requests.version, allocator.capacity, allocator.in_use
+            return [array.tolist() for array in arrays], numbers
+
+        def fail() -> None:
+            raise MemoryError
+
+        before = state()
+        new, stay = self._draw(data, tokens)
+        with pytest.raises((MemoryError, PagesExhausted)):
+            requests.reserve(new, 3, seen=self._seen(stay), make_pages=fail)
+        assert state() == before
+
     @rule(part=st.floats(0, 1))
     def crop(self, part: float) -> None:
         removed = int(part * self.columns)
@@ -112,6 +167,8 @@ class Machine(RuleBasedStateMachine):
         self.columns -= removed
         if self.expected is not None:
             self.expected = [[t for t in r if t[0] < self.columns] for r in self.expected]
+        if self.columns == 0:
+            self.expected = None
 
     @precondition(lambda self: self.expected is not None)
     @rule(data=st.data())
@@ -123,29 +180,24 @@ class Machine(RuleBasedStateMachine):
         self.requests.take(indices)
         self.expected = [list(self.expected[index]) for index in indices]
 
-    @precondition(lambda self: self.expected is not None)
-    @rule(data=st.data())
-    def hide_the_last(self, data: Any) -> None:
-        assert self.expected is not None
-        seen = self.requests.kept.copy()
-        for request, tokens in enumerate(self.expected):
-            keep = data.draw(st.integers(0, len(tokens)))
-            seen[request, [column for column, _ in tokens[keep:]]] = False
-            del tokens[keep:]
-        self.requests.hide(seen)
+    @precondition(lambda self: self.expected is None)
+    @rule(indices=st.lists(st.integers(0, 3), max_size=5))
+    def take_without_columns(self, indices: list[int]) -> None:
+        self.requests.take(indices)
 
     @rule()
     def reset(self) -> None:
         self.requests.reset()
         self.expected, self.columns = None, 0
+        assert self.requests.batch is None
+        assert self.requests.allocator.in_use == 0
 
     @invariant()
     def every_request_reads_its_own_tokens(self) -> None:
         requests = self.requests
         assert requests.columns == self.columns
         if self.expected is None:
-            assert requests.batch is None
-            assert requests.allocator.in_use == 0
+            assert self.columns == 0
             return
         assert requests.batch == len(self.expected)
         for request, tokens in enumerate(self.expected):
@@ -215,6 +267,42 @@ def test_nothing_changes_when_pages_run_out() -> None:
     requests.reserve(np.ones((2, 1), bool))
 
 
+def test_what_a_mask_hides_makes_room_only_if_that_suffices() -> None:
+    requests = filled([65, 100], pages=4)
+    seen = requests.kept.copy()
+    seen[0, -1] = False  # frees a page
+    with pytest.raises(PagesExhausted, match="4 of them in use, and needs 1 more"):
+        requests.reserve(np.ones((2, 29), bool), seen=seen)
+    assert requests.lengths.tolist() == [65, 100]
+    assert requests.allocator.in_use == 4
+    requests.reserve(np.ones((2, 28), bool), seen=seen)
+    assert requests.lengths.tolist() == [64, 100]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_without_columns_any_number_of_requests_may_come(fails: bool) -> None:
+    requests = PagedRequests(PageAllocator(2))
+    requests.take([])
+    requests.take([0, 0])
+    with pytest.raises(PagesExhausted):
+        requests.reserve(np.ones((3, 5), bool))
+    assert requests.batch is None
+    requests.reserve(np.ones((2, 5), bool))
+    if not fails:
+        requests.commit(np.ones((2, 5), bool))
+        requests.crop(5)
+        assert requests.batch is None
+    reserved = requests.reserve(np.ones((1, 128), bool))
+    assert sorted(reserved.slots.tolist()) == list(range(128))
+    assert requests.lengths.tolist() == [0]
+
+
+def test_without_requests_nothing_is_left() -> None:
+    requests = filled([3, 5])
+    requests.take([])
+    assert (requests.batch, requests.columns, requests.allocator.in_use) == (None, 0, 0)
+
+
 def test_a_growing_cache_moves_some_dozens_of_times_only() -> None:
     allocator = PageAllocator()
     capacities = set()
@@ -231,7 +319,10 @@ def test_a_number_of_pages_that_is_none(pages: Any) -> None:
         PageAllocator(pages)
 
 
-def test_crop_hide_and_take_say_what_is_wrong() -> None:
+NOTHING = np.zeros((2, 0), bool)
+
+
+def test_crop_mask_and_take_say_what_is_wrong() -> None:
     requests = filled([3, 5])
     for columns in (6, -1):
         with pytest.raises(ValueError, match=f"from 0 to 5 tokens.*but {columns} were asked for"):
@@ -239,9 +330,9 @@ def test_crop_hide_and_take_say_what_is_wrong() -> None:
     with pytest.raises(IndexError, match="has 2 requests, and there is no 2"):
         requests.take([0, 2])
     with pytest.raises(ValueError, match="shows column 1 of request 0, which was padding"):
-        requests.hide(np.ones((2, 5), bool) & (np.arange(5) > 0))
+        requests.reserve(NOTHING, seen=np.ones((2, 5), bool) & (np.arange(5) > 0))
     seen = requests.kept.copy()
     seen[1, 2] = False
     with pytest.raises(NotImplementedError, match="hides tokens that are in the cache and lie bef"):
-        requests.hide(seen)
+        requests.reserve(NOTHING, seen=seen)
     assert requests.lengths.tolist() == [3, 5]

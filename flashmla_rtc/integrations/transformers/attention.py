@@ -21,6 +21,7 @@ from flashmla_rtc import flash_mla_with_kvcache
 from .cache import MLAPagedCache
 from .expanded import attend_expanded
 from .families import FAMILIES
+from .projection import check_projection
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -28,6 +29,9 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
 
     The keywords are those of the model's own forward. Returns (batch, tokens, hidden) and, in place
     of attention weights, None.
+
+    Raises:
+        NotImplementedError: ``kv_b_proj`` is no longer the plain layer that was converted.
     """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, MLAPagedCache) or cache.step is None:
@@ -36,6 +40,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
             type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         )
         return result
+    check_projection(f"kv_b_proj of layer {self.layer_idx}", self.kv_b_proj)
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     q_nope, q_pe, latent, k_pe = project(self, hidden_states, kwargs["position_embeddings"])
     pages = cache.append(self.layer_idx, latent, k_pe)

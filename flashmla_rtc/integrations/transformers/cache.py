@@ -173,6 +173,7 @@ class MLAPagedCache(Cache):
         self._table = DeviceTable(self.requests)
         self._end: int | None = None  # columns that generate() will not go beyond
         self._known_mask: torch.Tensor | None = None
+        self._copies: list[tuple[int, int]] = []  # pages that are to be copied, (from, to)
 
     # -- a forward ---------------------------------------------------------------------------------
 
@@ -205,20 +206,20 @@ class MLAPagedCache(Cache):
             NotImplementedError: a mask that hides stored tokens before others, or a 4D mask over a
                 cache without its padding.
             PagesExhausted: the cache has a fixed number of pages, and too few are free.
+
+        Whatever is raised, the cache goes on as if this forward had not been asked for.
         """
         requests = self.requests
-        if requests.batch not in (None, batch):
+        if requests.columns > 0 and requests.batch != batch:
             raise ValueError(
                 f"The cache holds {requests.batch} requests, and the model was given {batch}."
             )
-        new = self._new_tokens(batch, tokens, attention_mask)
-        reserved = requests.reserve(new, self._spare(batch, tokens) if ahead else 0)
-        for layer in self.layers:
-            layer.fit()
-        if reserved.copies:
-            sources, targets = upload(np.array(reserved.copies, np.int64).T.copy(), device)
-            for layer in self.layers:
-                layer.copy_pages(sources, targets)
+        self._copy_pages(device)  # if a forward failed before they were
+        new, seen = self._new_tokens(batch, tokens, attention_mask)
+        spare = self._spare(batch, tokens) if ahead else 0
+        reserved = requests.reserve(new, spare, seen=seen, make_pages=self._fit)
+        self._copies = reserved.copies
+        self._copy_pages(device)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
         decode = requests.columns > 0 and tokens <= max_decode_tokens and mask is None
         self.step = Step(
@@ -260,10 +261,27 @@ class MLAPagedCache(Cache):
             spare = min(spare, -(-self._end // PAGE_SIZE) - pages)
         return batch * spare
 
-    def _new_tokens(self, batch: int, tokens: int, mask: torch.Tensor | None) -> np.ndarray:
+    def _fit(self) -> None:
+        for layer in self.layers:
+            layer.fit()
+
+    def _copy_pages(self, device: torch.device) -> None:
+        """Copy what is to be copied. It stays so until it is done in all layers."""
+        if self._copies:
+            sources, targets = upload(np.array(self._copies, np.int64).T.copy(), device)
+            for layer in self.layers:
+                layer.copy_pages(sources, targets)
+            self._copies = []
+
+    def _new_tokens(
+        self, batch: int, tokens: int, mask: torch.Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Which of the new columns are stored, and which of those before the mask shows, or None
+        where it is not asked.
+        """
         requests, columns = self.requests, self.requests.columns + tokens
         if mask is None:
-            return np.ones((batch, tokens), bool)
+            return np.ones((batch, tokens), bool), None
         if mask.ndim == 4:
             if mask.shape[-2:] != (tokens, columns):
                 raise ValueError(
@@ -275,18 +293,16 @@ class MLAPagedCache(Cache):
                     "A 4D attention_mask over a cache whose prompts were padded is not supported: "
                     "padding is not stored."
                 )
-            return np.ones((batch, tokens), bool)
+            return np.ones((batch, tokens), bool), None
         if mask.shape != (batch, columns):
             raise ValueError(
                 f"attention_mask must be ({batch}, {columns}), one number for each token in the "
                 f"cache and each new one, or 4D, but its shape is {tuple(mask.shape)}."
             )
         if mask is self._known_mask:
-            return np.ones((batch, tokens), bool)
+            return np.ones((batch, tokens), bool), None
         seen = mask.detach().to("cpu").numpy() != 0
-        if requests.batch is not None:
-            requests.hide(seen[:, : requests.columns])
-        return seen[:, requests.columns :]
+        return seen[:, requests.columns :], seen[:, : requests.columns]
 
     # -- what the kernels read ---------------------------------------------------------------------
 
@@ -311,8 +327,8 @@ class MLAPagedCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Requests it holds; -1 before the first forward."""
-        return -1 if self.requests.batch is None else self.requests.batch
+        """Requests it holds; -1 without columns, when the next forward brings any number."""
+        return self.requests.batch if self.requests.columns and self.requests.batch else -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns of every request.
@@ -331,6 +347,7 @@ class MLAPagedCache(Cache):
     def reset(self) -> None:
         """Forget everything. Pages stay allocated and are all free."""
         self.requests.reset()
+        self._copies = []
         self._known_mask = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from .cache import MLAPagedCache
 from .families import FAMILIES
 from .graphs import CudaGraphs, ModelGraphs
 from .pages import PAGE_SIZE, check_pages
+from .projection import check_projection
+from .versions import check_version
 
 Model = TypeVar("Model", bound=Any)
 
@@ -73,10 +75,12 @@ def use_flash_mla(
         TypeError: ``model`` is not a model of transformers.
         ValueError: it has been turned already; ``max_decode_tokens`` or ``pages`` is not a whole
             number from 1 on; ``cuda_graphs`` is none of the three, or True without a CUDA device.
-        NotImplementedError: a model type that is not supported; weights that are quantised,
-            wrapped, offloaded or spread over devices; a geometry or dtype that the kernels do not
+        NotImplementedError: a version of transformers outside of 5.17 to 5.23; a model type that
+            is not supported; ``kv_b_proj`` that is quantised, wrapped, hooked or offloaded;
+            weights that are spread over devices; a geometry or dtype that the kernels do not
             take, where the model is on a Hopper GPU.
     """
+    check_version()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, but it is a {type(model).__name__}.")
     if type(max_decode_tokens) is not int or max_decode_tokens < 1:
@@ -158,13 +162,11 @@ def _attention_modules(base: Any) -> dict[str, Any]:
 
 def _check_weights(name: str, module: Any) -> None:
     layer = module.kv_b_proj
-    kind = type(layer).__name__
-    if type(layer) is torch.nn.Linear and not layer.weight.dtype.is_floating_point:
-        kind += f" of {layer.weight.dtype}"
-    if kind != "Linear":
+    check_projection(f"{name}.kv_b_proj", layer)
+    if not layer.weight.dtype.is_floating_point:
         raise NotImplementedError(
-            f"{name}.kv_b_proj must be a torch.nn.Linear of floating-point weights to be absorbed, "
-            f"but it is a {kind}: quantised and wrapped weights are not supported."
+            f"{name}.kv_b_proj must be of floating-point weights to be absorbed, but they are "
+            f"{layer.weight.dtype}: quantised weights are not supported."
         )
     if layer.weight.is_meta:
         raise NotImplementedError(

@@ -10,6 +10,8 @@ slots of its own pages, however its prompt was padded.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +38,14 @@ class PageAllocator:
 
     Attributes:
         capacity: pages there are, in use or free.
+        growths: how often it has grown, whether or not it was taken back.
     """
 
     def __init__(self, pages: int | None = None) -> None:
         check_pages(pages)
         self.fixed = pages is not None
         self.capacity = 0
+        self.growths = 0
         self._free: list[int] = []
         self._users: list[int] = []
         self._grow(pages or 0)
@@ -55,13 +59,13 @@ class PageAllocator:
         """How many requests hold ``page``."""
         return self._users[page]
 
-    def take(self, count: int, spare: int = 0) -> list[int]:
-        """``count`` free pages, each with one user from now on.
+    def ensure(self, count: int, spare: int = 0) -> None:
+        """See to it that ``count`` pages are free.
 
         Where there are fewer and more can be made, so many as ``spare`` are made beside them.
 
         Raises:
-            PagesExhausted: there are fewer. Nothing has been taken.
+            PagesExhausted: there are fewer.
         """
         missing = count - len(self._free)
         if missing > 0:
@@ -72,6 +76,21 @@ class PageAllocator:
                     "pages=None so that it grows."
                 )
             self._grow(max(missing + spare, self.capacity // 8))
+
+    def shrink(self, capacity: int) -> None:
+        """Undo the last growth, back to ``capacity``. None of its pages has been taken."""
+        added = self.capacity - capacity
+        if added:
+            del self._free[:added], self._users[capacity:]
+            self.capacity = capacity
+
+    def take(self, count: int) -> list[int]:
+        """``count`` free pages, each with one user from now on.
+
+        Raises:
+            PagesExhausted: there are fewer, and it can't grow. Nothing has been taken.
+        """
+        self.ensure(count)
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._users[page] = 1
@@ -91,6 +110,7 @@ class PageAllocator:
         self._free[:0] = range(self.capacity + count - 1, self.capacity - 1, -1)  # lowest first
         self._users += [0] * count
         self.capacity += count
+        self.growths += count > 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,8 @@ class PagedRequests:
     is about to write into it, and not before.
 
     Attributes:
-        batch: number of requests; None before the first :meth:`reserve` and after :meth:`reset`.
+        batch: number of requests; None before the first :meth:`reserve` and when no columns are
+            left. Without columns the next :meth:`reserve` may bring any number of requests.
         columns: columns seen so far, padding included; the same for all requests.
         lengths: int64 (batch,), tokens stored of each request.
         table: int32 (batch, width), pages of each request; what lies past the used ones is 0.
@@ -140,26 +161,62 @@ class PagedRequests:
         """bool (batch, columns): which columns are stored."""
         return self._kept[:, : self.columns]
 
-    def reserve(self, new: np.ndarray, spare: int = 0) -> Reserved:
+    def reserve(
+        self,
+        new: np.ndarray,
+        spare: int = 0,
+        *,
+        seen: np.ndarray | None = None,
+        make_pages: Callable[[], None] = lambda: None,
+    ) -> Reserved:
         """Pages for the next columns. Nothing counts as stored until :meth:`commit`.
 
         Args:
             new: bool (batch, tokens), which of the new columns are tokens to store.
             spare: pages to make beside, if some have to be made.
+            seen: bool (batch, columns); the stored columns that it does not show are forgotten.
+            make_pages: called when the allocator has numbers for all pages that it takes, to make
+                the pages themselves.
+
+        Whatever is raised, by ``make_pages`` too, requests are as they were.
 
         Raises:
-            PagesExhausted: there are too few free pages. Nothing has changed.
+            ValueError: ``seen`` shows a column that was hidden before, and so was never stored.
+            NotImplementedError: what ``seen`` hides lies before columns that it shows.
+            PagesExhausted: there are too few free pages.
         """
-        if self.batch is None:
-            self.batch = len(new)
-            self.lengths = np.zeros(self.batch, np.int64)
-            self._held = np.zeros(self.batch, np.int64)
-            self.table = np.zeros((self.batch, 0), np.int32)
-            self._kept = np.zeros((self.batch, 0), bool)
-        after = self.lengths + new.sum(1)
-        missing = np.maximum(-(-after // PAGE_SIZE) - self._held, 0)
-        shared = self._shared_and_written(after)
-        pages = self.allocator.take(int(missing.sum()) + len(shared), spare)
+        fresh = self.columns == 0
+        hidden = None if fresh or seen is None else self._hidden(seen)
+        lengths = np.zeros(len(new), np.int64) if fresh else self.lengths
+        if hidden is not None:
+            lengths = lengths - hidden.sum(1)
+        after = lengths + new.sum(1)
+        missing = _pages_of(after) - _pages_of(lengths)
+        # What a forward that failed has left, and what is hidden now, is let go first.
+        leaving = Counter(self._past(np.zeros_like(self._held) if fresh else _pages_of(lengths)))
+        shared = self._shared_and_written(lengths, after, leaving)
+        count = int(missing.sum()) + len(shared)
+        freed = sum(self.allocator.users(page) == users for page, users in leaving.items())
+        capacity = self.allocator.capacity
+        self.allocator.ensure(count - freed, spare)
+        try:
+            make_pages()
+        except BaseException:
+            self.allocator.shrink(capacity)
+            raise
+
+        # Nothing can fail from here on.
+        if fresh:
+            self.reset()
+            self.batch, self.lengths = len(new), lengths
+            self._held = np.zeros_like(lengths)
+            self.table = np.zeros((len(new), 0), np.int32)
+            self._kept = np.zeros((len(new), 0), bool)
+        elif hidden is not None:
+            self.kept[:] &= ~hidden
+            self.lengths = lengths
+        self._trim()
+        pages = self.allocator.take(count)
         if pages:
             self.version += 1
         copies = []
@@ -180,18 +237,21 @@ class PagedRequests:
         slots = used * PAGE_SIZE + positions % PAGE_SIZE
         return Reserved(requests * new.shape[1] + columns, slots, copies)
 
-    def _shared_and_written(self, after: np.ndarray) -> list[tuple[int, int]]:
+    def _shared_and_written(
+        self, lengths: np.ndarray, after: np.ndarray, leaving: Counter[int]
+    ) -> list[tuple[int, int]]:
         """(request, index into its table) of pages that are part full, shared and to be written.
 
-        All but one user of a page get a copy of their own; the last finds it to itself.
+        All but one user of a page get a copy of their own; the last finds it to itself. Those that
+        are ``leaving`` a page anyway do not count.
         """
         found: list[tuple[int, int]] = []
-        leaving: dict[int, int] = {}
-        for request in np.flatnonzero((after > self.lengths) & (self.lengths % PAGE_SIZE > 0)):
-            index = int(self.lengths[request] // PAGE_SIZE)
+        leaving = leaving.copy()
+        for request in np.flatnonzero((after > lengths) & (lengths % PAGE_SIZE > 0)):
+            index = int(lengths[request] // PAGE_SIZE)
             page = int(self.table[request, index])
-            if self.allocator.users(page) - leaving.get(page, 0) > 1:
-                leaving[page] = leaving.get(page, 0) + 1
+            if self.allocator.users(page) - leaving[page] > 1:
+                leaving[page] += 1
                 found.append((int(request), index))
         return found
 
@@ -211,30 +271,23 @@ class PagedRequests:
         self.columns = end
         self.lengths = self.lengths + new.sum(1)
 
-    def hide(self, seen: np.ndarray) -> None:
-        """Forget the stored columns that ``seen``, bool (batch, columns), no longer shows.
-
-        Raises:
-            ValueError: a column is shown that was hidden before, and so was never stored.
-            NotImplementedError: what is hidden lies before columns that are shown.
-        """
+    def _hidden(self, seen: np.ndarray) -> np.ndarray | None:
+        """The stored columns that ``seen`` no longer shows; None if there are none."""
         if (seen & ~self.kept).any():
             request, column = (int(place[0]) for place in np.nonzero(seen & ~self.kept))
             raise ValueError(
                 f"attention_mask shows column {column} of request {request}, which was padding "
                 "when the cache was filled and is not stored."
             )
-        hidden = self.kept & ~seen
+        hidden: np.ndarray = self.kept & ~seen
         if not hidden.any():
-            return
+            return None
         if (np.logical_or.accumulate(hidden, 1) & seen).any():
             raise NotImplementedError(
                 "attention_mask hides tokens that are in the cache and lie before others that it "
                 "shows; only the last tokens of a request can be hidden after they were stored."
             )
-        self.kept[:] &= seen
-        self.lengths = self.lengths - hidden.sum(1)
-        self._trim()
+        return hidden
 
     def crop(self, columns: int) -> None:
         """Forget the last ``columns`` columns, and free pages that hold nothing more.
@@ -248,6 +301,9 @@ class PagedRequests:
                 f"seen, but {columns} were asked for."
             )
         end = self.columns - columns
+        if end == 0:
+            self.reset()
+            return
         self.lengths = self.lengths - self.kept[:, end:].sum(1)
         self.columns = end
         self._trim()
@@ -255,13 +311,20 @@ class PagedRequests:
     def take(self, indices: list[int]) -> None:
         """Make request ``i`` what request ``indices[i]`` was; repeated ones share their pages.
 
+        Without columns there is nothing to choose from, and nothing happens.
+
         Raises:
             IndexError: there is no such request.
         """
+        if self.columns == 0:
+            return
         batch = self.batch or 0
         for index in indices:
             if not 0 <= index < batch:
                 raise IndexError(f"The cache has {batch} requests, and there is no {index}.")
+        if not indices:
+            self.reset()
+            return
         self._trim()
         before, held = self.table, self._held
         for index in indices:
@@ -283,12 +346,24 @@ class PagedRequests:
         self._clear()
         self.version += 1
 
+    def _past(self, needed: np.ndarray) -> list[int]:
+        """Pages that requests hold beyond the first ``needed``, int64 (batch,), of their own."""
+        return [
+            int(page)
+            for request in np.flatnonzero(self._held > needed)
+            for page in self.table[request, needed[request] : self._held[request]]
+        ]
+
     def _trim(self) -> None:
         """Free the pages past each request's last token."""
-        needed = -(-self.lengths // PAGE_SIZE)
+        needed = _pages_of(self.lengths)
+        for page in self._past(needed):
+            self.allocator.release(page)
         for request in np.flatnonzero(self._held > needed):
-            for page in self.table[request, needed[request] : self._held[request]]:
-                self.allocator.release(page)
             self.table[request, needed[request] : self._held[request]] = 0
             self.version += 1
         self._held = np.minimum(self._held, needed)
+
+
+def _pages_of(tokens: np.ndarray) -> np.ndarray:
+    return -(-tokens // PAGE_SIZE)

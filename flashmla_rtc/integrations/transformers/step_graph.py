@@ -46,7 +46,7 @@ class StepGraph:
     ) -> None:
         self._name = "input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"
         tokens, position_ids = given[self._name], given.get("position_ids")
-        self._capacity = cache.requests.allocator.capacity
+        self._growths = cache.requests.allocator.growths
         columns = cache.requests.table.shape[1]
         self._width = max(_LEAST_WIDTH, 1 << columns.bit_length())
         owner = weakref.ref(cache)
@@ -81,7 +81,7 @@ class StepGraph:
         """Whether the pages are where they were, and no request has more than there is room for."""
         requests = cache.requests
         return (
-            requests.allocator.capacity == self._capacity and requests.table.shape[1] <= self._width
+            requests.allocator.growths == self._growths and requests.table.shape[1] <= self._width
         )
 
     def run(self, given: dict[str, Any], cache: MLAPagedCache) -> Any:
