@@ -1,6 +1,6 @@
 """Decode steps that are recorded and replayed, against the plain way, on a CPU.
 
-``StepRecorder`` stands in for CUDA graphs; tests/gpu/test_transformers_graphs.py has real ones.
+``StepRecorder`` stands in for CUDA graphs; tests/gpu/test_transformers_steps.py has real ones.
 """
 
 from __future__ import annotations
