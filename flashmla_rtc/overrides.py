@@ -8,6 +8,7 @@ each made to those below it. So only the newest is taken off, and what is in use
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,6 +89,13 @@ def override_sources(
             {name: text for name, text in new.items() if now.get(name) != text},
             may_spill=may_spill,
         )
+        if not change.headers and not may_spill:
+            warnings.warn(
+                "sources changes nothing: each text that it holds is the one in use already. Did "
+                "an edit find nothing to replace?",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         planned = _sources([*_changes, change])
         if planned is not None:
             units = [variant.source(planned) for variant in chosen]

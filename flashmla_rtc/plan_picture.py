@@ -122,6 +122,8 @@ def sentences(facts: PlanFacts) -> list[str]:
         cut = f"{_count(facts.requests_cut, 'request')} {verb} cut into {facts.pieces:,} pieces"
     requests, blocks = _count(facts.requests, "request"), _count(facts.blocks, "block")
     loads = f"{facts.least:,} to {facts.most:,} blocks a part, mean {facts.mean:,.1f}"
+    if facts.least == facts.most:
+        loads = f"{_count(facts.most, 'block')} a part"
     return [
         f"{requests} with {blocks} of 64 keys on {_count(facts.parts, 'part')}",
         f"{facts.parts_used:,} in use, {loads}: balance {facts.balance:.1f} %",

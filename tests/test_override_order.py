@@ -61,7 +61,8 @@ def test_the_same_text_twice_stays_until_both_are_undone() -> None:
     """The second changes nothing, and yet what it was asked for is in use while it is in force."""
     edit = commented("twice")
     first = override_sources(edit, kernels=[])
-    second = override_sources(edit, kernels=[])
+    with pytest.warns(RuntimeWarning, match="sources changes nothing"):
+        second = override_sources(edit, kernels=[])
     assert second.changed == ()
     with pytest.raises(RuntimeError, match="undo the newest, which changes nothing, first"):
         first.undo()

@@ -309,8 +309,8 @@ def test_it_follows_the_colours_of_where_it_is_shown() -> None:
 def test_facts_are_said_in_words() -> None:
     picture = draw_plan(*plan_for([6400] * 2, 16, num_sms=4), [6400] * 2)
     assert repr(picture) == (
-        "<PlanPicture: 2 requests with 200 blocks of 64 keys on 4 parts; 4 in use, 50 to 50 blocks "
-        "a part, mean 50.0: balance 100.0 %; 2 requests are cut into 4 pieces>"
+        "<PlanPicture: 2 requests with 200 blocks of 64 keys on 4 parts; 4 in use, 50 blocks a "
+        "part: balance 100.0 %; 2 requests are cut into 4 pieces>"
     )
     assert parsed(picture).attrib["aria-label"] in repr(picture)
 
