@@ -82,7 +82,7 @@ def test_doctor_tells_that_sources_are_edited(folder: Path) -> None:
     assert "FLASHMLA_RTC_KERNELS is set and changes nothing" in same
     assert "EDITED" not in same
     plain = run("", "", "doctor", "--no-try").stdout
-    assert f"{ROOT / 'kernels'}, digest {variants.sources_digest()[:12]}\n" in plain
+    assert f"{variants.kernels_dir()}, digest {variants.sources_digest()[:12]}\n" in plain
 
 
 def test_a_bad_folder_in_the_environment_waits_for_the_first_kernel(tmp_path: Path) -> None:
