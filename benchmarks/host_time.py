@@ -10,6 +10,7 @@ the one before. Times are of the host alone, into an empty queue: medians, in mi
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,8 @@ def main() -> None:
     document = {
         "device": torch.cuda.get_device_name(),
         "digest": variants.sources_digest(),
+        "kernels_digest": variants.kernels_digest(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "driver": driver_version(),
         "torch": torch.__version__,
         "layers": LAYERS,

@@ -261,6 +261,7 @@ def main() -> None:
         document = {
             "device": name,
             "digest": variants.sources_digest(),
+            "kernels_digest": variants.kernels_digest(),
             "driver": driver_version(),
             "versions": {**package_versions(), "transformers": transformers.__version__},
             "command": command_of(sys.argv[1:]),

@@ -19,6 +19,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from flashmla_rtc import recorded, sm90, torch_shortcuts, validation  # noqa: E402
 from flashmla_rtc.geometry import DECODE_PARAMS  # noqa: E402
 from flashmla_rtc.metadata import FlashMLASchedMeta  # noqa: E402
@@ -578,6 +580,39 @@ def test_a_kernel_that_was_replaced_amid_a_call_is_not_launched_again(machine: M
     machine.settle(call)
     machine.note(call, replacements=sm90.replacements - 1)
     assert machine.call(call) is None
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache"])
+def test_a_call_that_asks_for_a_gradient_is_not_repeated(machine: Machine, name: str) -> None:
+    call = given()
+    machine.settle(call)
+    asking = call | {name: call[name].clone().requires_grad_()}
+    assert key_of(asking) is None
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert machine.call(asking) is None
+            assert machine.call(call) is not None
+
+
+def test_a_call_that_somebody_listens_to_is_not_repeated(machine: Machine) -> None:
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    call = given()
+    machine.settle(call)
+    with Listener():
+        assert key_of(call) is None
+        assert machine.call(call) is None
+    assert machine.call(call) is not None
+
+
+def test_a_call_in_forward_mode_is_not_repeated(machine: Machine) -> None:
+    call = given()
+    machine.settle(call)
+    with torch.autograd.forward_ad.dual_level():
+        assert machine.call(call) is None
+    assert machine.call(call) is not None
 
 
 def test_a_plan_object(machine: Machine) -> None:
