@@ -13,7 +13,7 @@ try:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 except ImportError:
-    raise SystemExit("This example needs torch and transformers 5.17 to 5.23.") from None
+    raise SystemExit("This example needs torch and transformers 5.17 to 5.24.") from None
 from dense_attention import relative_error
 
 from flashmla_rtc.integrations.transformers import remove_flash_mla, use_flash_mla
@@ -54,7 +54,7 @@ def main() -> None:
 
     use_flash_mla(model)
     result = model.generate(input_ids, attention_mask=attention_mask, **arguments)
-    cache = result.past_key_values
+    cache = result.past_key_values  # also result.cache, from transformers 5.24 on
     memory = cache.memory()
     print(f"{type(cache).__name__} of requests of {cache.cache_seqlens.tolist()} tokens:")
     print(f"{memory.used} bytes in pages; expanded keys and values would take {memory.expanded}")

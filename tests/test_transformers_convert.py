@@ -22,7 +22,7 @@ from flashmla_rtc.integrations.transformers import (  # noqa: E402
     remove_flash_mla,
     use_flash_mla,
 )
-from flashmla_rtc.integrations.transformers.versions import SUPPORTED_VERSIONS  # noqa: E402
+from flashmla_rtc.integrations.transformers.versions import CACHE, SUPPORTED_VERSIONS  # noqa: E402
 
 
 def is_as_it_was(model: Any) -> bool:
@@ -83,6 +83,33 @@ def test_positional_arguments_of_the_base_model() -> None:
     with torch.no_grad():
         one = base(inputs["input_ids"], inputs["attention_mask"]).past_key_values
     assert one.cache_seqlens.tolist() == [9, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_a_cache_is_taken_by_its_name_and_by_the_one_it_had(name: str) -> None:
+    model = use_flash_mla(tiny_model())
+    cache = MLAPagedCache(model.config)
+    step = torch.ones(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        model(**prompts(9, 9), **{name: cache})
+        hidden = model.base_model(step, **{name: cache})
+        assert cache.cache_seqlens.tolist() == [10, 10]
+        assert hidden[CACHE] is cache
+    tokens = torch.ones(2, 11, dtype=torch.long)
+    model.generate(tokens, max_new_tokens=3, **{name: cache})
+    assert cache.cache_seqlens.tolist() == [13, 13]
+    with pytest.raises(RuntimeError, match="records no gradients"):
+        model.base_model(step, **{name: cache})
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this version has one name for the cache")
+def test_the_present_name_goes_before_the_old_one() -> None:
+    base = use_flash_mla(tiny_model()).base_model
+    one, other = MLAPagedCache(base.config), MLAPagedCache(base.config)
+    with torch.no_grad(), pytest.warns(FutureWarning, match="ignoring deprecated"):
+        assert base(**prompts(9, 4), cache=one, past_key_values=other).cache is one
+    assert (one.get_seq_length(), other.get_seq_length()) == (9, 0)
 
 
 def test_gradients_and_training_go_the_models_own_way() -> None:
@@ -289,17 +316,17 @@ def test_models_that_are_refused(make: Callable[[], Any], error: Any, said: str)
         use_flash_mla(make())
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "5.24.0.dev0", "5.24.0", "6.0"])
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "5.25.0.dev0", "5.25.0", "6.0"])
 def test_other_versions_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     model = tiny_model()
     monkeypatch.setattr(transformers, "__version__", version)
-    said = rf"does not support transformers {re.escape(version)}; it supports .*>=5\.17,<5\.24"
+    said = rf"does not support transformers {re.escape(version)}; it supports .*>=5\.17,<5\.25"
     with pytest.raises(NotImplementedError, match=said):
         use_flash_mla(model)
     assert is_as_it_was(model)
 
 
-@pytest.mark.parametrize("version", ["5.17.0", "5.20.0.dev0", "5.23.7"])
+@pytest.mark.parametrize("version", ["5.17.0", "5.20.0.dev0", "5.23.7", "5.24.0"])
 def test_versions_of_transformers_that_are_taken(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:

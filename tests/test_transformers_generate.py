@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from flashmla_rtc.integrations.transformers import (  # noqa: E402
     remove_flash_mla,
     use_flash_mla,
 )
+from flashmla_rtc.integrations.transformers.versions import CACHE  # noqa: E402
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 
@@ -128,7 +131,7 @@ def count_crops(model: Any) -> list[int]:
             super().crop(tokens_to_remove)
 
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
-        model_kwargs["past_key_values"] = Watched(model.config)
+        model_kwargs[CACHE] = Watched(model.config)
 
     model._prepare_cache_for_generation = prepare
     return crops
@@ -251,9 +254,19 @@ def test_without_a_cache_and_with_a_static_one_the_model_goes_its_own_way() -> N
         assert torch.equal(tokens, expected)
 
 
-def test_a_copy_of_a_converted_model_is_converted_and_independent() -> None:
+def saved_and_loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_converted_model_is_converted_and_independent(
+    copied: Callable[[Any], Any],
+) -> None:
     model = use_flash_mla(tiny_model())
-    other = copy.deepcopy(model)
+    other = copied(model)
     expected = model.generate(**prompts(12, 9), max_new_tokens=10, **GREEDY)
     remove_flash_mla(model)
     with torch.no_grad():
@@ -263,6 +276,9 @@ def test_a_copy_of_a_converted_model_is_converted_and_independent() -> None:
     assert torch.equal(after.sequences, expected.sequences)
     assert isinstance(after.past_key_values, MLAPagedCache)
     remove_flash_mla(other)
+    plain = other.generate(**prompts(12, 9), max_new_tokens=10, **GREEDY)
+    assert not isinstance(plain.past_key_values, MLAPagedCache)
+    assert torch.equal(plain.sequences, expected.sequences)
 
 
 def test_inference_mode_may_come_and_go() -> None:

@@ -5,7 +5,7 @@
     use_flash_mla(model)
     model.generate(**inputs, max_new_tokens=256)
 
-Needs torch and transformers 5.17 to 5.23.
+Needs torch and transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations

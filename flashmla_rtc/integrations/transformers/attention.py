@@ -22,6 +22,7 @@ from .cache import MLAPagedCache
 from .expanded import attend_expanded
 from .families import FAMILIES
 from .projection import check_projection
+from .versions import CACHE
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -33,7 +34,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     Raises:
         NotImplementedError: ``kv_b_proj`` is no longer the plain layer that was converted.
     """
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, MLAPagedCache) or cache.step is None:
         own = self._flash_mla_own_forward
         result: tuple[torch.Tensor, None] = (

@@ -333,8 +333,8 @@ class MLAPagedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns of every request.
 
-        A positive number is the number of columns to keep, as in transformers, where that is
-        deprecated; if there are no more than that, nothing happens.
+        A positive number is the number of columns to keep, which newer versions of transformers
+        refuse for theirs; if there are no more than that, nothing happens.
 
         Raises:
             ValueError: the cache has fewer columns than are to be forgotten.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from .families import FAMILIES
 from .graphs import CudaGraphs, ModelGraphs
 from .pages import PAGE_SIZE, check_pages
 from .projection import check_projection
-from .versions import check_version
+from .versions import CACHE, check_version, name_cache
 
 Model = TypeVar("Model", bound=Any)
 
@@ -25,7 +25,7 @@ _FORWARD_ARGUMENTS = (
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "inputs_embeds",
     "use_cache",
 )
@@ -75,7 +75,7 @@ def use_flash_mla(
         TypeError: ``model`` is not a model of transformers.
         ValueError: it has been turned already; ``max_decode_tokens`` or ``pages`` is not a whole
             number from 1 on; ``cuda_graphs`` is none of the three, or True without a CUDA device.
-        NotImplementedError: a version of transformers outside of 5.17 to 5.23; a model type that
+        NotImplementedError: a version of transformers outside of 5.17 to 5.24; a model type that
             is not supported; ``kv_b_proj`` that is quantised, wrapped, hooked or offloaded;
             weights that are spread over devices; a geometry or dtype that the kernels do not
             take, where the model is on a Hopper GPU.
@@ -104,17 +104,17 @@ def use_flash_mla(
 
     for module in modules.values():
         module._flash_mla_own_forward = vars(module).get("forward")
-        module.forward = MethodType(attention.forward, module)
+        module.forward = partial(attention.forward, module)
     handles = (
         base.register_forward_pre_hook(_before, with_kwargs=True),
         base.register_forward_hook(_after, with_kwargs=True),
     )
     own_forward = vars(base).get("forward")
     base._flash_mla = _Settings(max_decode_tokens, pages, graphs, own_forward, handles)
-    base.forward = MethodType(_forward, base)
+    base.forward = partial(_forward, base)
     if hasattr(model, "generate"):
         for function in (_prepare_cache_for_generation, _update_model_kwargs_for_generation):
-            setattr(model, function.__name__, MethodType(function, model))
+            setattr(model, function.__name__, partial(function, model))
     return model
 
 
@@ -203,8 +203,8 @@ def _check_geometry(modules: list[Any]) -> None:
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make the cache if there is none, and give it the mask."""
-    given = dict(zip(_FORWARD_ARGUMENTS, args, strict=False)) | kwargs
-    cache = given.get("past_key_values")
+    given = name_cache(dict(zip(_FORWARD_ARGUMENTS, args, strict=False)) | kwargs)
+    cache = given.get(CACHE)
     settings: _Settings = base._flash_mla
     if _own_way(base, given):
         if isinstance(cache, MLAPagedCache):
@@ -236,7 +236,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         settings.max_decode_tokens,
         ahead=settings.graphs.are_possible(device),
     )
-    given["past_key_values"] = cache
+    given[CACHE] = cache
     # The cache has the mask. A 4D one is passed on as it is, so none is built or looked at.
     given["attention_mask"] = torch.empty(0, 1, 1, 1, device=device)
     return (), given
@@ -246,15 +246,15 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     settings: _Settings = self._flash_mla
     own = settings.own_forward
     if own is None:
-        own = MethodType(type(self).forward, self)
-    cache = kwargs.get("past_key_values")
+        own = partial(type(self).forward, self)
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, MLAPagedCache) or cache.step is None:
         return own(*args, **kwargs)
     return settings.graphs.forward(self, own, kwargs, cache)
 
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if isinstance(cache, MLAPagedCache):
         cache.end()
 
@@ -282,18 +282,18 @@ def _prepare_cache_for_generation(
     max_cache_length: int,
 ) -> None:
     if (
-        model_kwargs.get("past_key_values") is None
+        model_kwargs.get(CACHE) is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation in (None, "dynamic")
         and not self.training
     ):
         settings: _Settings = self.base_model._flash_mla
-        model_kwargs["past_key_values"] = MLAPagedCache(self.config, pages=settings.pages)
+        model_kwargs[CACHE] = MLAPagedCache(self.config, pages=settings.pages)
     else:
         type(self)._prepare_cache_for_generation(
             self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if isinstance(cache, MLAPagedCache):
         cache.expect(max_cache_length)
 
@@ -305,7 +305,7 @@ def _update_model_kwargs_for_generation(
     updated: dict[str, Any] = type(self)._update_model_kwargs_for_generation(
         self, outputs, model_kwargs, *args, **kwargs
     )
-    cache = updated.get("past_key_values")
+    cache = updated.get(CACHE)
     if isinstance(cache, MLAPagedCache):
         cache.expect_mask(updated.get("attention_mask"))
     return updated

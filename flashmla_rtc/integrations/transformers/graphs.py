@@ -13,6 +13,7 @@ from .recorder import Recorder, recorder_for
 from .step import Step
 from .step_graph import StepGraph
 from .structure import Structure
+from .versions import CACHE
 
 CudaGraphs = Literal["auto"] | bool
 
@@ -22,7 +23,7 @@ _KNOWN = (
     "inputs_embeds",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "use_cache",
     "return_dict",
 )

@@ -14,6 +14,7 @@ from flashmla_rtc import get_mla_metadata
 from .recorder import Recorder
 from .step import Step
 from .step_buffers import StepBuffers
+from .versions import CACHE
 
 if TYPE_CHECKING:
     from .cache import MLAPagedCache
@@ -55,7 +56,7 @@ class StepGraph:
             buffers = self._buffers = StepBuffers(tokens, position_ids, self._width)
             self._fill(given, cache)
             arguments = {**given, self._name: buffers.tokens, "position_ids": buffers.position_ids}
-            del arguments["past_key_values"]
+            del arguments[CACHE]
 
             def step() -> Any:
                 over = owner()
@@ -65,17 +66,17 @@ class StepGraph:
                 buffers.metadata = get_mla_metadata()[0]
                 over.step = buffers
                 try:
-                    return forward(**arguments, past_key_values=over)
+                    return forward(**arguments, **{CACHE: over})
                 finally:
                     over.step, buffers.metadata = real, None
 
             output, self._replay = recorder.record(step)
-        unknown = set(output) - {"last_hidden_state", "past_key_values"}
+        unknown = set(output) - {"last_hidden_state", CACHE}
         if unknown:
             raise RuntimeError(f"the model's forward returns {', '.join(sorted(unknown))} as well")
         self._hidden: torch.Tensor = output.last_hidden_state
         self._output = type(output)
-        self._returns_cache = output.past_key_values is not None
+        self._returns_cache = getattr(output, CACHE) is not None
 
     def fits(self, cache: MLAPagedCache) -> bool:
         """Whether the pages are where they were, and no request has more than there is room for."""
@@ -90,7 +91,7 @@ class StepGraph:
         self._replay()
         return self._output(
             last_hidden_state=self._hidden.clone(),  # the next step writes over it
-            past_key_values=cache if self._returns_cache else None,
+            **{CACHE: cache if self._returns_cache else None},
         )
 
     def _fill(self, given: dict[str, Any], cache: MLAPagedCache) -> None:
