@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -135,6 +136,25 @@ def test_positions_may_be_left_to_the_model() -> None:
 def test_a_cache_that_grows_is_recorded_again() -> None:
     model = same(lambda m: [steps(m, filled(m, 60), 1100, batch=1)])
     assert 2 <= recorder(model).recorded <= 3
+
+
+def test_steps_are_recorded_again_after_growth_that_failed_half_way() -> None:
+    """The first layer's pages have moved, though the cache is no larger than before."""
+
+    def run(model: Any) -> list[Any]:
+        cache = filled(model, 60)
+        found = [steps(model, cache, 4, batch=1)]
+        layer = cache.layers[1]
+        layer.fit = mock.Mock(side_effect=torch.OutOfMemoryError("no memory"))
+        with pytest.raises(torch.OutOfMemoryError):
+            steps(model, cache, 1, batch=1, tokens=2000)
+        del layer.fit
+        found.append(steps(model, cache, 4, batch=1))
+        found.append(steps(model, cache, 1, batch=1, tokens=20))  # reads what those have written
+        return found
+
+    model = same(run)
+    assert recorder(model).recorded == 2
 
 
 def test_a_cache_of_fixed_size_is_recorded_once_and_can_be_full() -> None:

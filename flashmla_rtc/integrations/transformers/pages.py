@@ -135,8 +135,8 @@ class PagedRequests:
     is about to write into it, and not before.
 
     Attributes:
-        batch: number of requests; None before the first :meth:`reserve` and when no columns are
-            left. Without columns the next :meth:`reserve` may bring any number of requests.
+        batch: number of requests; None before the first :meth:`reserve`. Without columns, as after
+            a first forward that failed, the next :meth:`reserve` may bring another number.
         columns: columns seen so far, padding included; the same for all requests.
         lengths: int64 (batch,), tokens stored of each request.
         table: int32 (batch, width), pages of each request; what lies past the used ones is 0.

@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 SUPPORTED_VERSIONS = ">=5.17,<5.25"
-"""Those that were tried."""
+"""From the oldest that was tried to before what comes after the newest."""
 
 _OLD_CACHE = "past_key_values"
 
