@@ -21,8 +21,8 @@ from flashmla_rtc import variants  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
-OLDER = """The kernels are still those that were measured. The Python around them has changed since, so
-times of the host may differ.
+OLDER = """The kernels are still those that were measured. The Python around them has changed
+since, so times of the host may differ.
 """
 
 # (batch, queries, heads, keys) of the rows to show; a text of keys: ragged, with that mean.

@@ -171,7 +171,7 @@ def _int32(values: Any, name: str, rank: int) -> np.ndarray:
     else:
         view = arrays.view(values, name)
         if view.dtype != "int32":
-            raise TypeError(f"{name} must have dtype int32, but its dtype is {view.dtype}.")
+            raise messages.not_int32(name, view)
         host = np.asarray(arrays.to_numpy(view))
     if host.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimensions, but its shape is {host.shape}.")
