@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from .rtc.compiler import INCLUDE
+
 Edits = str | os.PathLike[str] | Mapping[str, str]
 """A folder with ``.cuh`` files, or their texts by name, such as ``{"ptx/sync.cuh": "…"}``."""
-
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 
 def read_folder(folder: Path) -> dict[str, str]:
@@ -27,7 +26,7 @@ def read_folder(folder: Path) -> dict[str, str]:
 
 def included_in(text: str) -> list[str]:
     """The headers that ``text`` includes, in order."""
-    return _INCLUDE.findall(text)
+    return INCLUDE.findall(text)
 
 
 def replaced(headers: Mapping[str, str], edits: Edits, name: str) -> dict[str, str]:

@@ -81,6 +81,19 @@ def flash_mla_with_kvcache(
             it is raised when one runs, and a RuntimeError already here where ``out`` or ``lse`` is
             given and torch would have to follow what is written into it.
     """
+    call = (
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        out,
+        lse,
+    )
     is_compiling = torch_modes.is_compiling()
     if (
         not is_compiling
@@ -92,19 +105,7 @@ def flash_mla_with_kvcache(
         and topk_length is None
         and extra_topk_length is None
     ):
-        done = recorded.launch_again(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            head_dim_v,
-            tile_scheduler_metadata,
-            num_splits,
-            softmax_scale,
-            causal,
-            out,
-            lse,
-        )
+        done = recorded.launch_again(*call)
         if done is not None:
             return done
     option_checks.reject_unsupported(
@@ -116,72 +117,29 @@ def flash_mla_with_kvcache(
         topk_length=topk_length,
         extra_topk_length=extra_topk_length,
     )
-    causal = option_checks.check_flag(causal, "causal")
-    way = _decode
     if is_compiling or torch_modes.sees(q, k_cache, block_table, cache_seqlens):
         from .integrations import torch as operators
 
-        way = operators.decode
-    return way(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        head_dim_v,
-        tile_scheduler_metadata,
-        num_splits,
-        softmax_scale,
-        causal,
-        out,
-        lse,
+        return operators.decode(*call)
+    return _decode(call)
+
+
+Call = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+"""q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
+softmax_scale, causal, out, lse, as the caller gave them.
+"""
+
+
+def decode_here(call: Call) -> tuple[Any, Any]:
+    """:func:`flash_mla_with_kvcache` whatever torch has to see: what its operators do."""
+    return recorded.launch_again(*call) or _decode(call)
+
+
+def _decode(call: Call) -> tuple[Any, Any]:
+    q, k_cache, block_table, cache_seqlens, head_dim_v, given, num_splits, scale, flag, out, lse = (
+        call
     )
-
-
-def decode_here(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    tile_scheduler_metadata: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: Any,
-    out: Any = None,
-    lse: Any = None,
-) -> tuple[Any, Any]:
-    """:func:`flash_mla_with_kvcache` on what it is given, whatever torch has to see: what its
-    operators do.
-    """
-    arguments = (
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        head_dim_v,
-        tile_scheduler_metadata,
-        num_splits,
-        softmax_scale,
-        causal,
-        out,
-        lse,
-    )
-    return recorded.launch_again(*arguments) or _decode(*arguments)
-
-
-def _decode(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    tile_scheduler_metadata: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: bool,
-    out: Any,
-    lse: Any,
-) -> tuple[Any, Any]:
+    causal = option_checks.check_flag(flag, "causal")
     q_view = arrays.view(q, "q")
     k_view = arrays.view(k_cache, "k_cache")
     table_view = arrays.view(block_table, "block_table")
@@ -191,12 +149,12 @@ def _decode(
     shape = checks.check_decode(
         q_view, k_view, table_view, lengths_view, head_dim_v, out_view, lse_view
     )
-    scale = option_checks.check_scale(softmax_scale, shape.head_dim)
+    scale = option_checks.check_scale(scale, shape.head_dim)
 
     on_hopper = backends.choose(q_view.device) == "sm90"
     if on_hopper:
         checks.check_kernel_limits(shape, q_view, k_view)
-    plan = _plan_view(tile_scheduler_metadata, num_splits, shape, lengths_view)
+    plan = _plan_view(given, num_splits, shape, lengths_view)
     if checks.validation_enabled():
         checks.validate_contents(shape, table_view, lengths_view)
 
@@ -225,21 +183,7 @@ def _decode(
             shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
         )
         if not checks.validation_enabled():
-            recorded.note(
-                launched,
-                metadata.made_for(shape, q_view.device),
-                q,
-                k_cache,
-                block_table,
-                cache_seqlens,
-                head_dim_v,
-                tile_scheduler_metadata,
-                num_splits,
-                softmax_scale,
-                causal,
-                out,
-                lse,
-            )
+            recorded.note(launched, metadata.made_for(shape, q_view.device), *call)
     return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)
 
 

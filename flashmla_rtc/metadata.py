@@ -60,10 +60,14 @@ class FlashMLASchedMeta:
             )
         else:
             self.check(now)
-        if self._used is not self.tile_scheduler_metadata:
-            self._lengths = cache_seqlens.source
-        self._used, self._made_for = self.tile_scheduler_metadata, now
+        self.use(now, cache_seqlens.source)
         return self.tile_scheduler_metadata
+
+    def use(self, now: tuple[Any, ...], cache_seqlens: Any) -> None:
+        """A call of the configuration ``now`` uses the plan that is there."""
+        if self._used is not self.tile_scheduler_metadata:
+            self._lengths = cache_seqlens
+        self._used, self._made_for = self.tile_scheduler_metadata, now
 
     def check(self, now: tuple[Any, ...]) -> None:
         """Raises ValueError if a call used this plan for another configuration than ``now``."""
@@ -87,9 +91,13 @@ class FlashMLASchedMeta:
     def __repr__(self) -> str:
         if self.tile_scheduler_metadata is None:
             return "FlashMLASchedMeta(no plan yet)"
-        facts = [f"num_sm_parts={len(self.tile_scheduler_metadata)}"]
-        if self.num_splits is not None:
-            facts.append(f"requests={len(self.num_splits) - 1}")
+        facts = []
+        try:  # what was assigned is looked at by the call
+            facts.append(f"num_sm_parts={len(self.tile_scheduler_metadata)}")
+            if self.num_splits is not None:
+                facts.append(f"requests={len(self.num_splits) - 1}")
+        except TypeError:
+            return f"FlashMLASchedMeta({self.tile_scheduler_metadata!r}, {self.num_splits!r})"
         if self.planned_lengths is not None:
             facts += [f"{n}={v}" for n, v in zip(_CONFIGURATION, self._made_for, strict=True)]
         return f"FlashMLASchedMeta({', '.join(facts)})"

@@ -82,6 +82,7 @@ class _Note:
         "current_device",
         "current_stream",
         "empty",
+        "forward_ad",
         "head_dim_v",
         "index",
         "is_capturing",
@@ -105,6 +106,7 @@ class _Note:
         self.new_out = contiguous((batch, seq_len_q, heads_q, self.head_dim_v), dtype)
         self.new_lse = contiguous((batch, heads_q, seq_len_q), _torch.float32)
         self.empty = torch_shortcuts.found()[1] or torch_shortcuts.empty
+        self.forward_ad = _torch.autograd.forward_ad
         self.current_device = _torch._C._cuda_getDevice
         self.current_stream = _torch._C._cuda_getCurrentRawStream
         self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
@@ -250,7 +252,7 @@ def launch_again(
         note = found
         _remember(note, tensors, recent)
 
-    if _torch.autograd.forward_ad._current_level >= 0:  # tensors may have tangents
+    if note.forward_ad._current_level >= 0:  # tensors may have tangents
         return None
     if note.is_launching or note.replacements != sm90.replacements or validation_enabled():
         return None

@@ -136,6 +136,8 @@ class Planner:
         return parts, self.total // parts // 8 * eighths, request_cost
 
     def best(self) -> tuple[int, int, int]:
+        if self.useful_parts == 1:  # all of them cut nothing
+            return self.candidate(0)
         candidates = [self.candidate(i) for i in range(geometry.SCHEDULE_CANDIDATES)]
         return min(candidates, key=lambda candidate: self.cost(*candidate))
 

@@ -46,18 +46,22 @@ def sees(*arrays: Any) -> bool:
     if not isinstance(tensor, type) or not all(isinstance(array, tensor) for array in arrays[:2]):
         return False
     q, k_cache = arrays[:2]
-    _refuse_transforms(torch, q, k_cache)
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
-        return True
+    refuse_transforms(*(array for array in arrays if isinstance(array, tensor)))
+    return (
+        asks_for_gradient(q, k_cache)
+        or (differ_in_precision(q, k_cache) and torch.is_autocast_enabled(q.device.type))
+        or is_listened_to()
+        or any(is_fake(array) for array in arrays)
+    )
+
+
+def differ_in_precision(q: Any, k_cache: Any) -> bool:
+    """Whether ``q`` and ``k_cache`` are of different dtypes among those that autocast converts."""
+    torch: Any = sys.modules["torch"]
     halves = (torch.bfloat16, torch.float16)
-    if (
-        q.dtype != k_cache.dtype
-        and q.dtype in (torch.float32, *halves)
-        and k_cache.dtype in halves
-        and torch.is_autocast_enabled(q.device.type)
-    ):
-        return True
-    return is_listened_to() or any(is_fake(array) for array in arrays)
+    return (
+        q.dtype != k_cache.dtype and q.dtype in (torch.float32, *halves) and k_cache.dtype in halves
+    )
 
 
 def must_see_plan(cache_seqlens: Any) -> bool:
@@ -65,7 +69,14 @@ def must_see_plan(cache_seqlens: Any) -> bool:
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if not isinstance(tensor, type) or not isinstance(cache_seqlens, tensor):
         return False
+    refuse_transforms(cache_seqlens)
     return is_listened_to() or is_fake(cache_seqlens)
+
+
+def asks_for_gradient(*tensors: Any) -> bool:
+    """Whether torch is to keep what gradients of these tensors need."""
+    torch: Any = sys.modules["torch"]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def is_listened_to() -> bool:
@@ -80,16 +91,20 @@ def is_fake(array: Any) -> bool:
     return isinstance(fake, type) and isinstance(array, fake)
 
 
-def _refuse_transforms(torch: Any, *tensors: Any) -> None:
+def refuse_transforms(*tensors: Any) -> None:
+    """Raises NotImplementedError for tensors inside of a transform of functions, or with a tangent,
+    of which the results would have lost theirs.
+    """
+    torch: Any = sys.modules["torch"]
     if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
         raise NotImplementedError(
-            "flash_mla_with_kvcache can't be transformed by torch.func (grad, vjp, jvp, vmap): it "
-            "has no derivative and no batching rule. Call it outside of the transformed function."
+            "flashmla_rtc can't be transformed by torch.func (grad, vjp, jvp, vmap): it has no "
+            "derivatives and no batching rules. Call it outside of the transformed function."
         )
     forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
+    if forward_ad._current_level < 0 or torch.is_inference_mode_enabled():
+        return  # in inference mode torch drops tangents itself, and can't be asked for them
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "flash_mla_with_kvcache has no forward-mode derivative, and an input has a tangent. "
             "Call it outside of torch.autograd.forward_ad.dual_level()."

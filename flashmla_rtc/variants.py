@@ -32,6 +32,7 @@ _LAUNCHING_PYTHON = (
     "maps.py",
     "metadata.py",
     "option_checks.py",
+    "overrides.py",
     "plan_checks.py",
     "recorded.py",
     "schedule.py",

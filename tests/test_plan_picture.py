@@ -276,6 +276,38 @@ def test_the_object_with_a_plan_that_no_call_has_used() -> None:
     check(draw_plan(meta, cache_seqlens=[6400]), [6400], 132)
 
 
+@pytest.mark.parametrize("way", ["compiled", "with a gradient"])
+def test_an_object_that_torch_had_filled(way: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    def step(meta: Any, q: Any, *rest: Any) -> Any:
+        return flashmla_rtc.flash_mla_with_kvcache(q, *rest, 32, meta)[0]
+
+    lengths = torch.tensor([60, 3], dtype=torch.int32)
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
+    q, k_cache = torch.randn(2, 1, 2, 40), torch.randn(2, 64, 1, 40)
+    meta = FlashMLASchedMeta()
+    if way == "compiled":
+        torch.compile(step, fullgraph=True, backend="eager")(meta, q, k_cache, table, lengths)
+    else:
+        step(meta, q.requires_grad_(), k_cache, table, lengths)
+    assert meta.planned_lengths is lengths
+    check(draw_plan(meta), lengths.numpy(), 1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "splits", "shown"),
+    [(5, None, "5, None"), (np.zeros((3, 8)), 7, "array([[0., 0., 0., 0., 0., 0., 0., 0.]")],
+)
+def test_an_object_with_what_is_no_plan_can_be_looked_at(
+    plan: Any, splits: Any, shown: str
+) -> None:
+    meta = FlashMLASchedMeta(plan, splits)
+    assert repr(meta).startswith(f"FlashMLASchedMeta({shown}")
+    with pytest.raises((TypeError, ValueError), match=r"tile_scheduler_metadata|num_splits"):
+        decode(meta, np.array([500, 3, 64], np.int32))
+
+
 def test_an_object_that_cannot_be_drawn_says_why() -> None:
     meta = FlashMLASchedMeta()
     decode(meta, np.array([5, 6], np.int32))

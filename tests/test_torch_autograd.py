@@ -112,11 +112,18 @@ def test_transforms_and_tangents_are_refused() -> None:
     def total(q: Any) -> Any:
         return step(q).sum()
 
+    def step_of_lengths(lengths: Any) -> Any:
+        k_cache, table, _, width = rest
+        return flashmla_rtc.flash_mla_with_kvcache(q, k_cache, table, lengths, width, None)[0]
+
+    lengths = rest[2]
     for transformed in (
         lambda: torch.func.grad(total)(q),
         lambda: torch.func.jvp(step, (q,), (q,)),
         lambda: torch.func.vjp(step, q),
         lambda: torch.func.vmap(step)(q[None]),
+        lambda: torch.func.vmap(step_of_lengths)(lengths[None]),
+        lambda: torch.func.vmap(lambda x: flashmla_rtc.get_mla_metadata(x, 8, 1)[0])(lengths[None]),
     ):
         with pytest.raises(NotImplementedError, match=r"can't be transformed by torch\.func"):
             transformed()
@@ -124,6 +131,35 @@ def test_transforms_and_tangents_are_refused() -> None:
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             step(forward_ad.make_dual(q, torch.ones_like(q)))
         assert_same((step(q),), (step(q),))  # without a tangent
+
+
+def test_the_operators_refuse_them_too() -> None:
+    from torch.autograd import forward_ad
+
+    q, *rest = make()
+    out, lse = torch.empty(3, 2, 4, HEAD_DIM_V), torch.empty(3, 4, 2)
+    expected = torch.ops.flashmla_rtc.mla_decode(q, *rest)
+
+    def step(q: Any) -> Any:
+        return torch.ops.flashmla_rtc.mla_decode(q, *rest)[0]
+
+    def step_out(q: Any) -> Any:
+        torch.ops.flashmla_rtc.mla_decode_out(q, *rest, out=out, lse=lse)
+        return out
+
+    for run in (step, step_out):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+            run(forward_ad.make_dual(q, torch.ones_like(q)))
+        for transformed in (
+            lambda run=run: torch.func.jvp(run, (q,), (q,)),
+            lambda run=run: torch.func.grad(lambda q: run(q).sum())(q),
+        ):
+            with pytest.raises(NotImplementedError, match=r"can't be transformed by torch\.func"):
+                transformed()
+    with forward_ad.dual_level():
+        assert_same(torch.ops.flashmla_rtc.mla_decode(q, *rest), expected)
+    step_out(q)
+    assert_same((out, lse), expected)
 
 
 # -- autocast, determinism -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arrays, backends, interface, messages, metadata, option_checks, schedule
+from .. import arrays, backends, interface, messages, metadata, option_checks, schedule, torch_modes
 from ..rtc.kernel import device_facts
 
 _library = torch.library.Library("flashmla_rtc", "DEF")
@@ -56,13 +56,12 @@ def _define(schema: str) -> Any:
 
 @_define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 def mla_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return interface.decode_here(**_all(*arguments))
+    return interface.decode_here((*_all(*arguments), None, None))
 
 
 @_define(f"mla_decode_out({_ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()")
 def mla_decode_out(*arguments: Any, out: Tensor, lse: Tensor) -> None:
-    _refuse_gradients(*arguments[:2])
-    interface.decode_here(**_all(*arguments), out=out, lse=lse)
+    interface.decode_here((*_all(*arguments), out, lse))
 
 
 @_define(
@@ -90,9 +89,10 @@ def _all(
     num_splits: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-) -> dict[str, Any]:
+) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]:
     """All arguments of an operator, for torch leaves out those that have their defaults."""
-    return locals()
+    inputs = q, k_cache, block_table, cache_seqlens
+    return *inputs, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale, causal
 
 
 # -- what they make, for tensors without elements --------------------------------------------------
@@ -134,22 +134,42 @@ def _(gradient: Tensor, q: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor]:
 # -- gradients and autocast ------------------------------------------------------------------------
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.inputs = len(inputs)
-
-
-def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
-    """An operator of its own, so that a program with a backward pass can be compiled; only running
-    that pass is an error.
+class _Decode(torch.autograd.Function):
+    """Results that ask for ``mla_decode_backward`` when a gradient reaches them. It is an operator
+    of its own, so that a program with a backward pass can be compiled; only running that pass is an
+    error.
     """
-    gradients = torch.ops.flashmla_rtc.mla_decode_backward(gradient, *ctx.saved_tensors)
-    return (*gradients, *[None] * (ctx.inputs - 2))
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*arguments[:2])
+        ctx.others = len(arguments) - 2
+        with torch._C._AutoDispatchBelowAutograd():
+            return mla_decode(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        of_inputs = mla_decode_backward(gradients[0], *ctx.saved_tensors)
+        return (*of_inputs, *[None] * ctx.others)
 
 
-torch.library.register_autograd(
-    "flashmla_rtc::mla_decode", _backward, setup_context=_keep_for_backward, lib=_library
-)
+def _followed(*arguments: Any) -> tuple[Tensor, Tensor]:
+    torch_modes.refuse_transforms(*arguments[:2])
+    if torch_modes.asks_for_gradient(*arguments[:2]):
+        return _Decode.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mla_decode(*arguments)
+
+
+def _followed_out(*arguments: Any, **results: Tensor) -> None:
+    torch_modes.refuse_transforms(*arguments[:2])
+    _refuse_gradients(*arguments[:2])
+    with torch._C._AutoDispatchBelowAutograd():
+        mla_decode_out(*arguments, **results)
+
+
+_library.impl("mla_decode", _followed, "Autograd")
+_library.impl("mla_decode_out", _followed_out, "Autograd")
 
 
 def _like_the_cache(operator: Any, key: str) -> None:
@@ -158,18 +178,12 @@ def _like_the_cache(operator: Any, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def call(q: Tensor, k_cache: Tensor, *arguments: Any, **results: Any) -> Any:
+        if torch_modes.differ_in_precision(q, k_cache):
+            q = q.to(k_cache.dtype)
         with without(keys):
-            return operator(in_autocast(q, k_cache), k_cache, *arguments, **results)
+            return operator(q, k_cache, *arguments, **results)
 
     _library.impl(operator.name().partition("::")[2], call, key)
-
-
-def in_autocast(q: Tensor, k_cache: Tensor) -> Tensor:
-    """``q`` in the dtype of ``k_cache`` where both are floats that autocast converts."""
-    halves = (torch.bfloat16, torch.float16)
-    if q.dtype != k_cache.dtype and q.dtype in (torch.float32, *halves) and k_cache.dtype in halves:
-        return q.to(k_cache.dtype)
-    return q
 
 
 for _operator in (mla_decode, mla_decode_out):
@@ -208,6 +222,7 @@ def decode(
     _check_tensors(
         q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, out=out, lse=lse
     )
+    causal = option_checks.check_flag(causal, "causal")
     if type(head_dim_v) not in (int, torch.SymInt):
         head_dim_v = messages.integer(head_dim_v, "head_dim_v")
     if softmax_scale is not None:
@@ -248,7 +263,7 @@ def _held(holder: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor) -> tup
         holder.tile_scheduler_metadata, holder.num_splits = made
     else:
         holder.check(now)
-    holder._used, holder._made_for = holder.tile_scheduler_metadata, now
+    holder.use(now, cache_seqlens)
     return holder.tile_scheduler_metadata, holder.num_splits
 
 
@@ -256,13 +271,14 @@ def _check_tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
-                f"{name} must be a torch tensor, as torch compiles this program or follows its "
-                f"gradients, but it is of type {type(value).__name__}."
+                f"{name} must be a torch tensor where torch has to see the call (compiled and "
+                "traced programs, gradients, autocast, dispatch modes), but it is of type "
+                f"{type(value).__name__}."
             )
 
 
 def _refuse_gradients(q: Tensor, k_cache: Tensor) -> None:
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
+    if torch_modes.asks_for_gradient(q, k_cache):
         raise RuntimeError(
             "out and lse can't be given when q or k_cache requires a gradient: torch can't follow "
             "what is written into a tensor that is there. Leave them out, or call under "

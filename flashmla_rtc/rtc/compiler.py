@@ -29,6 +29,9 @@ _BASE_OPTIONS = ("-std=c++17", "--no-cache", _PTXAS_VERBOSE)
 
 _INSTALL_HINT = "pip install 'flashmla_rtc[cu13]' (or 'flashmla_rtc[cu12]' for CUDA 12)"
 
+INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
+"""A line that includes one of the headers that come from memory; its name is the group."""
+
 _CONTEXT_LINES = 3
 _MOST_EXCERPTS = 6
 
@@ -110,6 +113,12 @@ def nvrtc_version() -> tuple[int, int]:
 def compile_options(source: KernelSource, arch: str = DEFAULT_ARCH) -> tuple[str, ...]:
     """Every option that ``source`` is compiled with, in order."""
     return (*_BASE_OPTIONS, f"--gpu-architecture={arch}", *source.options)
+
+
+def ptx_options(source: KernelSource, arch: str) -> list[str]:
+    """The options that make the PTX of the cubin for ``arch``, and no cubin."""
+    virtual = arch.replace("sm_", "compute_")
+    return [option for option in compile_options(source, virtual) if option != _PTXAS_VERBOSE]
 
 
 def compile_kernel(
@@ -307,7 +316,7 @@ def _files(source: KernelSource) -> dict[str, str]:
 def _refuse_unknown_includes(source: KernelSource) -> None:
     """NVRTC would look for a missing header in the working directory, which no cache key covers."""
     for file, text in _files(source).items():
-        for found in re.finditer(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', text, re.MULTILINE):
+        for found in INCLUDE.finditer(text):
             if found[1] not in source.headers:
                 line = text.count("\n", 0, found.start()) + 1
                 raise CompileError(
@@ -370,8 +379,7 @@ def _excerpt(file: str, text: str, line: int) -> str:
 def _ptx_excerpts(source: KernelSource, arch: str, line: int) -> Iterator[str]:
     """ptxas errors come from inline assembly and point into the PTX.  Shows that line of the PTX
     and the source line it was generated from, at the price of one more compile."""
-    virtual = arch.replace("sm_", "compute_")
-    options = [o for o in compile_options(source, virtual) if o != _PTXAS_VERBOSE]
+    options = ptx_options(source, arch)
     has_locations = bool({"-lineinfo", "--generate-line-info"} & set(options))
     if not has_locations:
         options.append("-lineinfo")

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from .compiler import (
-    _PTXAS_VERBOSE,
-    DEFAULT_ARCH,
-    CompileError,
-    KernelSource,
-    _Program,
-    compile_options,
-)
+from .compiler import DEFAULT_ARCH, CompileError, KernelSource, _Program, ptx_options
 
 
 def ptx_of(source: KernelSource, arch: str = DEFAULT_ARCH) -> str:
@@ -17,10 +10,8 @@ def ptx_of(source: KernelSource, arch: str = DEFAULT_ARCH) -> str:
 
     Raises CompilerMissing without NVRTC, CompileError if the source does not compile.
     """
-    virtual = arch.replace("sm_", "compute_")
-    options = [o for o in compile_options(source, virtual) if o != _PTXAS_VERBOSE]
     with _Program(source) as program:
-        status = program.compile(tuple(options))
+        status = program.compile(tuple(ptx_options(source, arch)))
         if status != "NVRTC_SUCCESS":
             log = program.log()
             raise CompileError(f"{source.name} did not compile to PTX ({status}).\n\n{log}")
