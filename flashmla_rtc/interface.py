@@ -18,6 +18,7 @@ from . import (
     torch_modes,
 )
 from .arrays import View
+from .recorded import Call
 
 
 def flash_mla_with_kvcache(
@@ -105,7 +106,7 @@ def flash_mla_with_kvcache(
         and topk_length is None
         and extra_topk_length is None
     ):
-        done = recorded.launch_again(*call)
+        done = recorded.launch_again(call)
         if done is not None:
             return done
     option_checks.reject_unsupported(
@@ -117,29 +118,22 @@ def flash_mla_with_kvcache(
         topk_length=topk_length,
         extra_topk_length=extra_topk_length,
     )
-    if is_compiling or torch_modes.sees(q, k_cache, block_table, cache_seqlens):
+    if is_compiling or torch_modes.sees(*call):
         from .integrations import torch as operators
 
         return operators.decode(*call)
     return _decode(call)
 
 
-Call = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
-"""q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
-softmax_scale, causal, out, lse, as the caller gave them.
-"""
-
-
 def decode_here(call: Call) -> tuple[Any, Any]:
     """:func:`flash_mla_with_kvcache` whatever torch has to see: what its operators do."""
-    return recorded.launch_again(*call) or _decode(call)
+    return recorded.launch_again(call) or _decode(call)
 
 
 def _decode(call: Call) -> tuple[Any, Any]:
-    q, k_cache, block_table, cache_seqlens, head_dim_v, given, num_splits, scale, flag, out, lse = (
-        call
-    )
-    causal = option_checks.check_flag(flag, "causal")
+    q, k_cache, block_table, cache_seqlens = call[:4]
+    head_dim_v, given_plan, num_splits, given_scale, given_causal, out, lse = call[4:]
+    causal = option_checks.check_flag(given_causal, "causal")
     q_view = arrays.view(q, "q")
     k_view = arrays.view(k_cache, "k_cache")
     table_view = arrays.view(block_table, "block_table")
@@ -149,12 +143,12 @@ def _decode(call: Call) -> tuple[Any, Any]:
     shape = checks.check_decode(
         q_view, k_view, table_view, lengths_view, head_dim_v, out_view, lse_view
     )
-    scale = option_checks.check_scale(scale, shape.head_dim)
+    scale = option_checks.check_scale(given_scale, shape.head_dim)
 
     on_hopper = backends.choose(q_view.device) == "sm90"
     if on_hopper:
         checks.check_kernel_limits(shape, q_view, k_view)
-    plan = _plan_view(given, num_splits, shape, lengths_view)
+    plan = _plan_view(given_plan, num_splits, shape, lengths_view)
     if checks.validation_enabled():
         checks.validate_contents(shape, table_view, lengths_view)
 
@@ -183,7 +177,7 @@ def _decode(call: Call) -> tuple[Any, Any]:
             shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
         )
         if not checks.validation_enabled():
-            recorded.note(launched, metadata.made_for(shape, q_view.device), *call)
+            recorded.note(launched, metadata.made_for(shape, q_view.device), call)
     return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)
 
 

@@ -48,6 +48,11 @@ _MOST_ADDRESSES = 256
 _MOST_RECENT = 4
 _torch: Any = None
 
+Call = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+"""The arguments of a decode call as the caller gave them: q, k_cache, block_table, cache_seqlens,
+head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale, causal, out, lse.
+"""
+
 Tensors = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
 """q, k_cache, block_table, cache_seqlens, plan; then num_splits, out and lse, which may be None."""
 
@@ -165,19 +170,7 @@ def key_of(
     return head_dim_v, softmax_scale, causal, *looks
 
 
-def launch_again(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    plan: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: Any,
-    out: Any,
-    lse: Any,
-) -> tuple[Any, Any] | None:
+def launch_again(call: Call) -> tuple[Any, Any] | None:
     """``(out, lse)`` of a call that was launched from a note; None if it has to take the long way.
 
     Nothing has been launched then.
@@ -185,6 +178,8 @@ def launch_again(
     recent = _local.recent
     if recent is None:  # this thread has not noted anything yet
         return None
+    q, k_cache, block_table, cache_seqlens = call[:4]
+    head_dim_v, plan, num_splits, softmax_scale, causal, out, lse = call[4:]
     holder = None
     if type(plan) is FlashMLASchedMeta:
         if num_splits is not None:
@@ -308,29 +303,17 @@ def launch_again(
     return out, lse
 
 
-def note(
-    launched: Launched | None,
-    made_for: tuple[Any, ...],
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    plan: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: Any,
-    out: Any,
-    lse: Any,
-) -> None:
-    """Remember a call that was checked and launched. ``out`` and ``lse`` are what the caller gave;
-    ``made_for`` is the plan's. ``launched`` is None for a call that was not launched.
+def note(launched: Launched | None, made_for: tuple[Any, ...], call: Call) -> None:
+    """Remember a call that was checked and launched. ``made_for`` is the plan's. ``launched`` is
+    None for a call that was not launched.
     """
     if launched is None or launched.captured:
         return
     values = launched.values
     if (values["q"] | values["out"] | values["plan"]) & 15 or not values["block_table"]:
         return
+    q, k_cache, block_table, cache_seqlens = call[:4]
+    head_dim_v, plan, num_splits, softmax_scale, causal, out, lse = call[4:]
     if type(plan) is FlashMLASchedMeta:
         plan, num_splits = plan.tile_scheduler_metadata, plan.num_splits
     tensors = (q, k_cache, block_table, cache_seqlens, plan, num_splits, out, lse)

@@ -33,25 +33,27 @@ whatever thread, the answer is no.
 _is_compiling()  # programs that are compiled before they are run see what later ones see
 
 
-def sees(*arrays: Any) -> bool:
-    """Whether a call on these arrays, q and the cache first, has to go through torch's dispatcher:
-    they ask for a gradient, one of them has no elements, q and cache differ in precision where
-    autocast is to convert q, or somebody listens to the dispatcher.
+def sees(*arguments: Any) -> bool:
+    """Whether a call on these arguments, q and the cache first, has to go through torch's
+    dispatcher: they ask for a gradient, one of them has no elements, q and cache differ in
+    precision where autocast is to convert q, or somebody listens to the dispatcher.
 
     Raises:
         NotImplementedError: they are inside of a transform of functions, or have a tangent.
     """
     torch: Any = sys.modules.get("torch")
     tensor = getattr(torch, "Tensor", None)
-    if not isinstance(tensor, type) or not all(isinstance(array, tensor) for array in arrays[:2]):
+    if not isinstance(tensor, type) or not all(isinstance(one, tensor) for one in arguments[:2]):
         return False
-    q, k_cache = arrays[:2]
-    refuse_transforms(*(array for array in arrays if isinstance(array, tensor)))
+    tensors = [argument for argument in arguments if isinstance(argument, tensor)]
+    refuse_transforms(*tensors)
+    refuse_tangents(*tensors)
+    q, k_cache = arguments[:2]
     return (
         asks_for_gradient(q, k_cache)
         or (differ_in_precision(q, k_cache) and torch.is_autocast_enabled(q.device.type))
         or is_listened_to()
-        or any(is_fake(array) for array in arrays)
+        or any(is_fake(tensor) for tensor in tensors)
     )
 
 
@@ -92,21 +94,24 @@ def is_fake(array: Any) -> bool:
 
 
 def refuse_transforms(*tensors: Any) -> None:
-    """Raises NotImplementedError for tensors inside of a transform of functions, or with a tangent,
-    of which the results would have lost theirs.
-    """
-    torch: Any = sys.modules["torch"]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+    """Raises NotImplementedError for tensors inside of a transform of functions."""
+    functorch = sys.modules["torch"]._C._functorch
+    if any(functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
         raise NotImplementedError(
             "flashmla_rtc can't be transformed by torch.func (grad, vjp, jvp, vmap): it has no "
             "derivatives and no batching rules. Call it outside of the transformed function."
         )
+
+
+def refuse_tangents(*tensors: Any) -> None:
+    """Raises NotImplementedError for tensors with a tangent, which the results would not have."""
+    torch: Any = sys.modules["torch"]
     forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level < 0 or torch.is_inference_mode_enabled():
         return  # in inference mode torch drops tangents itself, and can't be asked for them
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
-            "flash_mla_with_kvcache has no forward-mode derivative, and an input has a tangent. "
+            "flash_mla_with_kvcache has no forward-mode derivative, and an argument has a tangent. "
             "Call it outside of torch.autograd.forward_ad.dual_level()."
         )
 

@@ -230,10 +230,10 @@ class Machine:
             self.query_map,  # type: ignore[arg-type]
             sm90.replacements if replacements is None else replacements,
         )
-        recorded.note(launched, MADE_FOR, *[call[name] for name in ARGUMENTS])
+        recorded.note(launched, MADE_FOR, tuple(call[name] for name in ARGUMENTS))
 
     def call(self, call: dict[str, Any]) -> Any:
-        return recorded.launch_again(*[call[name] for name in ARGUMENTS])
+        return recorded.launch_again(tuple(call[name] for name in ARGUMENTS))
 
     def settle(self, call: dict[str, Any]) -> None:
         """Until calls like this one are found in the fastest way there is."""

@@ -133,7 +133,25 @@ def test_transforms_and_tangents_are_refused() -> None:
         assert_same((step(q),), (step(q),))  # without a tangent
 
 
-def test_the_operators_refuse_them_too() -> None:
+def test_tangents_and_transforms_of_results_are_refused() -> None:
+    from torch.autograd import forward_ad
+
+    q, k_cache, table, lengths, width = make()
+
+    def step(out: Any) -> Any:
+        plan = None
+        return flashmla_rtc.flash_mla_with_kvcache(
+            q, k_cache, table, lengths, width, plan, out=out
+        )[0]
+
+    out = torch.empty(3, 2, 4, HEAD_DIM_V)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has a tangent"):
+        step(forward_ad.make_dual(out, torch.ones_like(out)))
+    with pytest.raises(NotImplementedError, match=r"can't be transformed by torch\.func"):
+        torch.func.vmap(step)(out[None])
+
+
+def test_the_operators_refuse_tangents_and_derivatives() -> None:
     from torch.autograd import forward_ad
 
     q, *rest = make()
@@ -147,19 +165,50 @@ def test_the_operators_refuse_them_too() -> None:
         torch.ops.flashmla_rtc.mla_decode_out(q, *rest, out=out, lse=lse)
         return out
 
-    for run in (step, step_out):
+    for run, refused in (
+        (step, (NotImplementedError, r"can't be transformed by torch\.func")),
+        (step_out, (RuntimeError, "out and lse can't be given")),
+    ):
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
             run(forward_ad.make_dual(q, torch.ones_like(q)))
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            torch.func.jvp(run, (q,), (q,))
         for transformed in (
-            lambda run=run: torch.func.jvp(run, (q,), (q,)),
             lambda run=run: torch.func.grad(lambda q: run(q).sum())(q),
+            lambda run=run: torch.func.vjp(run, q),
         ):
-            with pytest.raises(NotImplementedError, match=r"can't be transformed by torch\.func"):
+            with pytest.raises(refused[0], match=refused[1]):
                 transformed()
     with forward_ad.dual_level():
         assert_same(torch.ops.flashmla_rtc.mla_decode(q, *rest), expected)
     step_out(q)
     assert_same((out, lse), expected)
+
+
+def test_the_operators_are_constants_of_what_is_differentiated() -> None:
+    q, *rest = make()
+    out, _ = torch.ops.flashmla_rtc.mla_decode(q, *rest)
+
+    def scaled(scale: Any, q: Any) -> Any:
+        return (scale * torch.ops.flashmla_rtc.mla_decode(q, *rest)[0]).sum()
+
+    gradient = torch.func.grad(scaled)(torch.ones(()), q)
+    torch.testing.assert_close(gradient, out.sum())
+    results = torch.func.vmap(lambda q: torch.ops.flashmla_rtc.mla_decode(q, *rest)[0])(q[None])
+    torch.testing.assert_close(results, out[None])  # one after the other
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_tangent_that_reaches_the_call_in_a_compiled_program_is_refused(backend: str) -> None:
+    from torch.autograd import forward_ad
+
+    compiled = torch.compile(without_a_plan, fullgraph=True, backend=backend)
+    q, *rest = make()
+    expected = compiled(q, *rest)
+    with forward_ad.dual_level():
+        with pytest.raises(Exception, match="no forward-mode derivative"):
+            compiled(forward_ad.make_dual(q, torch.ones_like(q)), *rest)
+        assert_same(compiled(q, *rest), expected)
 
 
 # -- autocast, determinism -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,21 @@ def test_a_module_with_a_plan_object_is_as_good_after_export() -> None:
         program = torch.export.export(layer, arguments, strict=strict)
         for result in (program.module()(*arguments), layer(*arguments)):
             assert_same((result[0] * 2, result[1]), expected)
+
+
+def test_a_plan_that_was_assigned_is_not_changed_by_export() -> None:
+    q, k_cache, table, lengths, width = make()
+    meta = flashmla_rtc.FlashMLASchedMeta(*flashmla_rtc.get_mla_metadata(lengths, 8, 1))
+
+    class Step(torch.nn.Module):
+        def forward(self, q: Any, lengths: Any) -> Any:
+            return flashmla_rtc.flash_mla_with_kvcache(q, k_cache, table, lengths, width, meta)
+
+    program = torch.export.export(Step(), (q, lengths), strict=False)
+    assert meta.planned_lengths is None
+    assert_same(program.module()(q, lengths), Step()(q, lengths))
+    assert meta.planned_lengths is lengths
+    assert torch.equal(copy.deepcopy(meta).planned_lengths, lengths)
 
 
 def test_make_fx_writes_operators() -> None:

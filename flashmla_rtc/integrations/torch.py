@@ -154,15 +154,16 @@ class _Decode(torch.autograd.Function):
 
 
 def _followed(*arguments: Any) -> tuple[Tensor, Tensor]:
-    torch_modes.refuse_transforms(*arguments[:2])
+    torch_modes.refuse_tangents(*arguments[:2])
     if torch_modes.asks_for_gradient(*arguments[:2]):
+        torch_modes.refuse_transforms(*arguments[:2])  # others take a call as a constant
         return _Decode.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return mla_decode(*arguments)
 
 
 def _followed_out(*arguments: Any, **results: Tensor) -> None:
-    torch_modes.refuse_transforms(*arguments[:2])
+    torch_modes.refuse_tangents(*arguments[:2], *results.values())
     _refuse_gradients(*arguments[:2])
     with torch._C._AutoDispatchBelowAutograd():
         mla_decode_out(*arguments, **results)
@@ -263,7 +264,8 @@ def _held(holder: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor) -> tup
         holder.tile_scheduler_metadata, holder.num_splits = made
     else:
         holder.check(now)
-    holder.use(now, cache_seqlens)
+    if type(cache_seqlens) is Tensor:  # others are of no use to those who look at the plan
+        holder.use(now, cache_seqlens)
     return holder.tile_scheduler_metadata, holder.num_splits
 
 
