@@ -1,6 +1,7 @@
-# The types of the public functions, for type checkers and editors: which arrays go together, and
-# what comes back for which arguments. The functions themselves take `Any`, because what they are
-# given is looked at when they are called. tests/test_types.py holds the two together.
+# The types of the public functions, for type checkers and editors: what comes back for which
+# arguments. That arrays are of one library is not told here: mixed ones pass as `_Array`. The
+# functions themselves take `Any`, because what they are given is looked at when they are called.
+# tests/test_types.py holds the two together.
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, overload
 
@@ -63,7 +64,7 @@ class _CupyDevice(Protocol):
     @property
     def id(self) -> int: ...
 
-# The arrays of a call are of one library, and so are its results. Of NumPy's the dtypes are known.
+# Results are of the library of a call's arrays. Of NumPy's the dtypes are known.
 _A = TypeVar("_A", bound=_Array)
 _Float = TypeVar("_Float", bound=generic)  # bfloat16 is not among NumPy's own
 

@@ -169,6 +169,8 @@ def _view_jax(array: Any, name: str) -> View:
             "from Python can't be part of jax.jit, jax.grad or jax.vmap. Call it outside of them, "
             "on arrays; what comes before and after it may be jitted."
         )
+    if array.is_deleted():
+        raise ValueError(f"{name} is a JAX array that was deleted or donated.")
     devices = array.devices()
     if len(devices) != 1:
         raise TypeError(

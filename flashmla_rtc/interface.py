@@ -176,6 +176,8 @@ def _decode(call: Call) -> tuple[Any, Any]:
         launched = sm90.decode(
             shape, q_view, k_view, table_view, lengths_view, plan, scale, causal, out_view, lse_view
         )
+        if q_view.library == "torch" and not (out is None and lse is None):
+            torch_modes.written(out_view.native, lse_view.native)
         if not checks.validation_enabled():
             recorded.note(launched, metadata.made_for(shape, q_view.device), call)
     return _to_caller(q_view, out_view.native, out), _to_caller(q_view, lse_view.native, lse)

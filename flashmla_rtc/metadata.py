@@ -127,6 +127,10 @@ def num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) ->
         TypeError, ValueError: see the message.
     """
     plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k)
+    if torch_modes.is_compiling():
+        from .integrations import torch as operators
+
+        return operators.num_parts(device, num_q_tokens_per_head_k, num_heads_k)
     where = arrays.device_named(device)
     return num_parts(where, int(num_q_tokens_per_head_k), int(num_heads_k))
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 
 def plan_html(holder: FlashMLASchedMeta) -> str:
     """Copies plan and lengths to the host, and waits for them."""
+    # One block, so that a page of Markdown that holds it leaves it alone.
+    return f"<div>{_content(holder)}</div>"
+
+
+def _content(holder: FlashMLASchedMeta) -> str:
     said = f"<code>{escape(repr(holder))}</code>"
     if holder.tile_scheduler_metadata is None:
         return f"{said}<br>The first <code>flash_mla_with_kvcache</code> makes the plan."

@@ -124,9 +124,10 @@ def sentences(facts: PlanFacts) -> list[str]:
     loads = f"{facts.least:,} to {facts.most:,} blocks a part, mean {facts.mean:,.1f}"
     if facts.least == facts.most:
         loads = f"{_count(facts.most, 'block')} a part"
+    balance = f": balance {facts.balance:.1f} %" if facts.most else ""
     return [
         f"{requests} with {blocks} of 64 keys on {_count(facts.parts, 'part')}",
-        f"{facts.parts_used:,} in use, {loads}: balance {facts.balance:.1f} %",
+        f"{facts.parts_used:,} in use, {loads}{balance}",
         cut,
     ]
 

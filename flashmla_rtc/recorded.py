@@ -89,6 +89,7 @@ class _Note:
         "empty",
         "forward_ad",
         "head_dim_v",
+        "increment_version",
         "index",
         "is_capturing",
         "is_launching",
@@ -114,6 +115,7 @@ class _Note:
         self.forward_ad = _torch.autograd.forward_ad
         self.current_device = _torch._C._cuda_getDevice
         self.current_stream = _torch._C._cuda_getCurrentRawStream
+        self.increment_version = _torch._C._increment_version
         self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
         self.replacements = launched.replacements
         self.buffer = launched.kernel.pack(launched.values)
@@ -263,6 +265,7 @@ def launch_again(call: Call) -> tuple[Any, Any] | None:
         k_map = note.maps[at_k]
     except KeyError:
         return None
+    are_new = out is None and lse is None
     if out is None:
         out = note.empty(*note.new_out)
         at_out = out.data_ptr()
@@ -300,6 +303,8 @@ def launch_again(call: Call) -> tuple[Any, Any] | None:
                     return None
     finally:
         note.is_launching = False
+    if not are_new:
+        note.increment_version((out, lse))
     return out, lse
 
 

@@ -34,8 +34,8 @@ _is_compiling()  # programs that are compiled before they are run see what later
 
 
 def sees(*arguments: Any) -> bool:
-    """Whether a call on these arguments, q and the cache first, has to go through torch's
-    dispatcher: they ask for a gradient, one of them has no elements, q and cache differ in
+    """Whether a call on these arguments, q and the cache first, out and lse last, has to go through
+    torch's dispatcher: they ask for a gradient, one of them has no elements, q and cache differ in
     precision where autocast is to convert q, or somebody listens to the dispatcher.
 
     Raises:
@@ -49,8 +49,9 @@ def sees(*arguments: Any) -> bool:
     refuse_transforms(*tensors)
     refuse_tangents(*tensors)
     q, k_cache = arguments[:2]
+    results = (result for result in arguments[-2:] if isinstance(result, tensor))
     return (
-        asks_for_gradient(q, k_cache)
+        asks_for_gradient(q, k_cache, *results)
         or (differ_in_precision(q, k_cache) and torch.is_autocast_enabled(q.device.type))
         or is_listened_to()
         or any(is_fake(tensor) for tensor in tensors)
@@ -79,6 +80,11 @@ def asks_for_gradient(*tensors: Any) -> bool:
     """Whether torch is to keep what gradients of these tensors need."""
     torch: Any = sys.modules["torch"]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def written(*tensors: Any) -> None:
+    """Tell torch that a kernel wrote into tensors, which what keeps them for a gradient asks."""
+    sys.modules["torch"]._C._increment_version(tensors)
 
 
 def is_listened_to() -> bool:

@@ -297,3 +297,20 @@ def test_spawned_workers_read_what_the_parent_compiled(tmp_path: Path, warm: Pat
     assert [process.returncode for process in processes] == [0] * 4
     assert answers == [""] * 4
     assert sorted(path.name for path in warm.iterdir()) == before
+
+
+@pytest.mark.parametrize("library, extra", [("torch", "torch"), ("transformers", "transformers")])
+def test_integrations_name_the_extra_that_is_missing(
+    tmp_path: Path, library: str, extra: str
+) -> None:
+    code = f"""
+import sys
+sys.modules[{library!r}] = None  # as if it were not installed
+import flashmla_rtc
+try:
+    import flashmla_rtc.integrations.{extra}
+except ImportError as error:
+    print(error)
+"""
+    said = output(code, tmp_path, FLASHMLA_RTC_COMPILE="lazy")
+    assert f"pip install 'flashmla_rtc[{extra}]'" in said

@@ -111,3 +111,10 @@ def test_other_arguments_that_are_traced() -> None:
     for name, call in calls.items():
         with pytest.raises(TypeError, match=f"^{name} is a JAX tracer"):
             jax.jit(call)(jnp.ones(4, jnp.int32))
+
+
+def test_an_array_that_was_donated_is_named() -> None:
+    arrays = make("float32")
+    arrays[1].delete()
+    with pytest.raises(ValueError, match=r"^k_cache is a JAX array that was deleted or donated"):
+        decode(arrays)

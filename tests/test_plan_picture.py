@@ -261,6 +261,7 @@ def test_the_object_shows_its_plan_once_a_call_has_made_it() -> None:
     assert repr(meta) == expected
     check(draw_plan(meta), lengths, 1)
     assert draw_plan(meta).svg in meta._repr_html_()
+    assert ET.fromstring(meta._repr_html_()).tag == "div"  # so that Markdown leaves it alone
 
 
 def test_the_object_with_a_plan_that_no_call_has_used() -> None:
@@ -345,6 +346,9 @@ def test_facts_are_said_in_words() -> None:
         "part: balance 100.0 %; 2 requests are cut into 4 pieces>"
     )
     assert parsed(picture).attrib["aria-label"] in repr(picture)
+    idle = draw_plan(*plan_for([0, 0], 16, num_sms=4), [0, 0])
+    assert "2 requests with 0 blocks of 64 keys" in repr(idle)
+    assert "balance" not in repr(idle)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,24 @@ def test_out_is_refused_where_a_gradient_would_have_to_follow_it(compiled: bool)
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("given", ["out", "lse"])
+def test_a_result_that_requires_a_gradient_is_refused(given: str, compiled: bool) -> None:
+    def step(result: Any, *arguments: Any) -> Any:
+        return flashmla_rtc.flash_mla_with_kvcache(*arguments, None, **{given: result})
+
+    arguments = make()
+    shape = {"out": (3, 2, 4, HEAD_DIM_V), "lse": (3, 4, 2)}[given]
+    result = torch.zeros(shape, requires_grad=True)
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    with pytest.raises(RuntimeError, match="out and lse can't be given"):
+        run(result, *arguments)
+    assert not result.any()
+    with torch.no_grad():
+        run(result, *arguments)
+    assert result.any()
+
+
 def test_the_operator_with_out_refuses_it_too() -> None:
     arguments = list(make())
     arguments[0].requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 
 from torch_programs import HEAD_DIM_V, assert_same, make, with_arrays, without_a_plan  # noqa: E402  # which needs torch
 
-importlib.import_module("flashmla_rtc.integrations.torch")  # which defines the operators
+operators = importlib.import_module("flashmla_rtc.integrations.torch")
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +169,25 @@ def test_parts_of_a_plan_are_known_without_lengths() -> None:
         flashmla_rtc.num_sm_parts("cpu", 8, 0)
     with pytest.raises(TypeError, match="num_q_tokens_per_head_k"):
         flashmla_rtc.num_sm_parts("cpu", 8.0, 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_programs_know_the_parts_too(
+    dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+
+    def step(q: Any) -> Any:
+        return q.new_zeros(flashmla_rtc.num_sm_parts(q.device, q.shape[1] * 64, 1), 8)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="eager")
+    for queries, parts in ((1, 132), (2, 66), (3, 44)):
+        assert compiled(torch.empty(1, queries)).shape == (parts, 8)
+
+
+def test_tensors_on_meta_are_planned_for_without_a_warning() -> None:
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan, splits = torch.ops.flashmla_rtc.mla_metadata(lengths, 8, 1)
+    assert (plan.shape, splits.shape, plan.is_meta) == ((1, 8), (4,), True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,6 +348,35 @@ def test_all_say_the_same_versions() -> None:
     said = f"transformers {major}.{first} to {major}.{end - 1}"
     for page in ("README.md", "docs/transformers.md", "examples/transformers_generate.py"):
         assert said in (root / page).read_text(encoding="utf-8"), page
+
+
+def test_a_cache_for_another_model_is_refused() -> None:
+    model = use_flash_mla(tiny_model())
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers += 1
+    with torch.no_grad(), pytest.raises(ValueError, match="has 3 layers, and the model 2"):
+        model(**prompts(9, 4), past_key_values=MLAPagedCache(config))
+    with pytest.raises(TypeError, match="is a LlamaConfig, which has no kv_lora_rank"):
+        MLAPagedCache(transformers.LlamaConfig())
+    with pytest.raises(TypeError, match="is a NoneType"):
+        MLAPagedCache(None)
+
+
+def test_a_compiled_model_generates_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    """Forwards over pages go on as they are, and nothing is said of it."""
+    model = tiny_model()
+    given = {**prompts(9, 4), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**given)
+    use_flash_mla(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="aot_eager")
+    model.forward = compiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(model.generate(**given), expected)
+    assert "Error" not in capfd.readouterr().err
+    del model.forward
+    torch._dynamo.reset()
 
 
 def test_settings_that_are_refused() -> None:

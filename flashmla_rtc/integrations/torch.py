@@ -19,8 +19,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError(
+        f"The operators of torch need torch: pip install 'flashmla_rtc[torch]' ({error})."
+    ) from error
 
 from .. import arrays, backends, interface, messages, metadata, option_checks, schedule, torch_modes
 from ..rtc.kernel import device_facts
@@ -117,11 +122,7 @@ def _(*arguments: Any, **results: Any) -> None:
 
 @torch.library.register_fake("flashmla_rtc::mla_metadata", lib=_library)
 def _(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
-    device = arrays.device_named(cache_seqlens.device)
-    parts = metadata.CPU_PARTS
-    if backends.choose(device) == "sm90":  # numbers of rows may be symbols
-        sms = device_facts(device.index).num_sms
-        parts = schedule.num_sm_parts(sms, rows_per_group, heads_k)
+    parts = num_parts(cache_seqlens.device, rows_per_group, heads_k)
     plan = cache_seqlens.new_empty((parts, 8), dtype=torch.int32)
     return plan, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32)
 
@@ -164,7 +165,7 @@ def _followed(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _followed_out(*arguments: Any, **results: Tensor) -> None:
     torch_modes.refuse_tangents(*arguments[:2], *results.values())
-    _refuse_gradients(*arguments[:2])
+    _refuse_gradients(*arguments[:2], *results.values())
     with torch._C._AutoDispatchBelowAutograd():
         mla_decode_out(*arguments, **results)
 
@@ -201,6 +202,19 @@ def plan(cache_seqlens: Any, rows_per_group: int, heads_k: int) -> tuple[Tensor,
     return mla_metadata(cache_seqlens, rows_per_group, heads_k)
 
 
+def num_parts(device: Any, rows_per_group: int, heads_k: int) -> int:
+    """Rows of a plan on ``device``. The counts may be symbols."""
+    sms = _num_sms(device)
+    return schedule.num_sm_parts(sms, rows_per_group, heads_k) if sms else metadata.CPU_PARTS
+
+
+@torch.compiler.assume_constant_result  # a program can't ask a device
+def _num_sms(device: Any) -> int:
+    """SMs of a device that the kernels run on, 0 of another."""
+    where = arrays.device_named(device)
+    return device_facts(where.index).num_sms if backends.why_not(where) is None else 0
+
+
 def decode(
     q: Any,
     k_cache: Any,
@@ -218,7 +232,7 @@ def decode(
 
     Raises:
         TypeError, ValueError: what an operator can't be given; what is in it, the operator checks.
-        RuntimeError: ``out`` or ``lse`` together with inputs whose gradient is asked for.
+        RuntimeError: ``out`` or ``lse`` is given, and a gradient is asked for of it or an input.
     """
     _check_tensors(
         q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, out=out, lse=lse
@@ -242,7 +256,7 @@ def decode(
     options = (tile_scheduler_metadata, num_splits, softmax_scale, causal)
     if out is None and lse is None:
         return mla_decode(*inputs, *options)
-    _refuse_gradients(q, k_cache)
+    _refuse_gradients(q, k_cache, *(tensor for tensor in (out, lse) if tensor is not None))
     batch, seq_len_q, heads_q, _ = q.shape
     if out is None:
         out = q.new_empty((batch, seq_len_q, heads_q, head_dim_v), dtype=k_cache.dtype)
@@ -279,10 +293,10 @@ def _check_tensors(**arguments: Any) -> None:
             )
 
 
-def _refuse_gradients(q: Tensor, k_cache: Tensor) -> None:
-    if torch_modes.asks_for_gradient(q, k_cache):
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch_modes.asks_for_gradient(*tensors):
         raise RuntimeError(
-            "out and lse can't be given when q or k_cache requires a gradient: torch can't follow "
-            "what is written into a tensor that is there. Leave them out, or call under "
+            "out and lse can't be given when they, q or k_cache require a gradient: torch can't "
+            "follow what is written into a tensor that is there. Leave them out, or call under "
             "torch.no_grad()."
         )

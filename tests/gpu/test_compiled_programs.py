@@ -68,6 +68,19 @@ def decode(problem: Problem, **options: Any) -> Any:
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_program_knows_the_rows_of_plans(dynamic: bool) -> None:
+    def plan_buffer(q: Any) -> Any:
+        rows = q.shape[1] * q.shape[2]
+        return q.new_zeros(flashmla_rtc.num_sm_parts(q.device, rows, 1), 8)
+
+    compiled = torch.compile(plan_buffer, fullgraph=True, dynamic=dynamic)
+    for queries in (1, 2, 4):
+        q = torch.empty(1, queries, 64, 576, device="cuda")
+        parts = flashmla_rtc.num_sm_parts("cuda", queries * 64, 1)
+        assert compiled(q).shape == (parts, 8)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("step", [planned, by_object, into_out], ids=lambda step: step.__name__)
 def test_a_compiled_program_gives_the_same_bits(step: Any, mode: str) -> None:

@@ -67,6 +67,22 @@ def test_the_second_call_is_launched_from_a_note(long_ways: list[int]) -> None:
     check(problem, plan)
 
 
+@pytest.mark.parametrize("given", ["out", "lse"])
+def test_gradients_hear_of_what_is_written_over(given: str) -> None:
+    problem = make([3000, 70, 0, 900], heads_q=16)
+    plan = problem.plan()
+    result = dict(zip(("out", "lse"), call(problem, plan), strict=True))[given]
+    for _ in range(3):  # the long way, by key, compared by torch
+        weight = torch.ones((), device=DEVICE, dtype=result.dtype, requires_grad=True)
+        product = (result * weight).sum()
+        call(problem, plan, **{given: result})
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():  # whose tensors have no version
+        call(problem, plan, **{given: torch.empty_like(result)})
+        call(problem, plan, **{given: torch.empty_like(result)})
+
+
 def test_the_shortcuts_are_there(comparison: None, request: pytest.FixtureRequest) -> None:
     """Not a promise of torch's, but what the figures of the host's time are measured with."""
     problem = make([300], heads_q=16)

@@ -10,6 +10,15 @@ Needs torch and transformers 5.17 to 5.24.
 
 from __future__ import annotations
 
+try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "flashmla_rtc.integrations.transformers needs torch and transformers 5.17 to 5.24: "
+        f"pip install 'flashmla_rtc[transformers]' ({error})."
+    ) from error
+
 from .cache import CacheMemory, MLAPagedCache
 from .convert import remove_flash_mla, use_flash_mla
 from .families import FAMILIES as _FAMILIES

@@ -156,11 +156,18 @@ class MLAPagedCache(Cache):
         pages: the number of pages of each layer, for all requests together; None grows as needed.
 
     Raises:
+        TypeError: ``config`` is not that of a model with latents.
         ValueError: ``pages`` is neither None nor a whole number from 1 on.
     """
 
     def __init__(self, config: Any, *, pages: int | None = None) -> None:
-        config = config.get_text_config(decoder=True)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config(decoder=True)
+        if not (hasattr(config, "kv_lora_rank") and hasattr(config, "qk_rope_head_dim")):
+            raise TypeError(
+                "config must be the configuration of a model with latents, but it is a "
+                f"{type(config).__name__}, which has no kv_lora_rank and qk_rope_head_dim."
+            )
         self.requests = PagedRequests(PageAllocator(pages))
         super().__init__(
             layers=[MLAPagedLayer(self.requests) for _ in range(config.num_hidden_layers)]

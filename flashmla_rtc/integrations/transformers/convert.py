@@ -199,8 +199,11 @@ def _check_geometry(modules: list[Any]) -> None:
 
 
 # -- around a forward of the base model ------------------------------------------------------------
+#
+# torch.compile leaves a forward over pages alone: their numbers come from the host, anew each step.
 
 
+@torch.compiler.disable
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make the cache if there is none, and give it the mask."""
     given = name_cache(dict(zip(_FORWARD_ARGUMENTS, args, strict=False)) | kwargs)
@@ -221,6 +224,12 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if given.get("output_attentions") or getattr(base.config, "output_attentions", False):
         raise NotImplementedError(
             "output_attentions is not supported with an MLAPagedCache: no weights are formed."
+        )
+    layers = base.config.get_text_config(decoder=True).num_hidden_layers
+    if len(cache.layers) != layers:
+        raise ValueError(
+            f"The cache has {len(cache.layers)} layers, and the model {layers}: make it with "
+            "MLAPagedCache(model.config)."
         )
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -250,9 +259,15 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get(CACHE)
     if not isinstance(cache, MLAPagedCache) or cache.step is None:
         return own(*args, **kwargs)
-    return settings.graphs.forward(self, own, kwargs, cache)
+    return _forward_over_pages(settings.graphs, self, own, kwargs, cache)
 
 
+@torch.compiler.disable
+def _forward_over_pages(graphs: ModelGraphs, *arguments: Any) -> Any:
+    return graphs.forward(*arguments)
+
+
+@torch.compiler.disable
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get(CACHE)
     if isinstance(cache, MLAPagedCache):
