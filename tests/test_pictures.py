@@ -126,6 +126,20 @@ def test_the_timeline_in_the_docs_is_of_the_committed_recording() -> None:
     recording = RESULTS.with_name("timeline-1x4096x128.json").read_text(encoding="utf-8")
     assert hashlib.sha256(recording.encode()).hexdigest() in text
     assert json.loads(recording)["digest"] == json.loads(RESULTS.read_text())["digest"]
+    drawn = {kind for block in json.loads(recording)["blocks"] for kind in kinds_of(block)}
+    assert {pictures._PHASES[kind][1].lower() for kind in drawn} <= set(
+        re.findall("#[0-9a-f]{6}", text)
+    )
+
+
+def kinds_of(block: dict[str, Any]) -> set[str]:
+    """What the roles of a block did, besides starting."""
+    return {kind for events in block["roles"].values() for kind, _ in events} - {"start"}
+
+
+def test_no_two_kinds_of_a_timeline_look_the_same() -> None:
+    colors = [color.upper() for _, color in pictures._PHASES.values()]
+    assert len(set(colors)) == len(colors)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
