@@ -52,9 +52,10 @@ _FORMULA = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# Where the spaces of MathML are not those of TeX: behind the name of a function, around a slash.
+# Where the spaces of MathML are not those of TeX: behind the name of a function, and around a slash
+# and infinity, which the converter takes for operators.
 _NAME = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<mi>)")
-_SLASH = "<mo>&#x0002F;</mo>"
+_ORDINARY = re.compile("<mo>(&#x0002F;|&#x0221E;)</mo>")
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 
 
@@ -94,7 +95,7 @@ def _listing(folder: str) -> str:
 
 
 def _mathml(tex: str, display: Literal["block", "inline"]) -> str:
-    text = convert(tex, display=display).replace(_SLASH, "<mi>/</mi>")
+    text = _ORDINARY.sub(r"<mi>\1</mi>", convert(tex, display=display))
     return _NAME.sub(r'\1<mspace width="0.167em" />', text)
 
 

@@ -127,7 +127,8 @@ def test_formulas_are_told_from_code_and_money(hooks: Any) -> None:
 
 def test_spaces_are_those_of_tex(hooks: Any) -> None:
     assert '<mi>log</mi><mspace width="0.167em" /><mi>' in hooks.with_mathml(r"$\log\ell$")
-    assert "<mi>a</mi><mi>/</mi><mi>b</mi>" in hooks.with_mathml("$a/b$")
+    assert "<mi>a</mi><mi>&#x0002F;</mi><mi>b</mi>" in hooks.with_mathml("$a/b$")
+    assert "<mo>&#x02212;</mo><mi>&#x0221E;</mi>" in hooks.with_mathml(r"$-\infty$")
 
 
 def test_nothing_is_fetched_from_elsewhere(site: dict[str, str]) -> None:
