@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CELL_SECONDS = 300
 HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+RUNNERS = ("nbformat", "nbclient", "ipykernel")
 PACKAGES = (
     "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "jax", "matplotlib", "cuda-bindings",
 )  # fmt: skip
@@ -151,16 +153,27 @@ def tidy(notebook: NotebookNode) -> None:
         cell.metadata.pop("execution", None)
 
 
-def main() -> None:
-    import nbformat
+def needs_packages() -> None:
+    """Say what to install if one of the packages that run notebooks is not there."""
+    missing = [name for name in RUNNERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"Running notebooks needs {', '.join(missing)}: pip install 'flashmla_rtc[notebooks]' "
+            "(from a checkout: pip install -e '.[notebooks]')."
+        )
 
+
+def main() -> None:
     sys.path.insert(0, str(ROOT))  # this clone's package, installed or not
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks of this folder; all if none is given")
     parser.add_argument(
-        "--output", type=Path, help="where to write them, if not in place of those that are run"
+        "--output", type=Path, help="a folder to write them to, not in place of those that are run"
     )
     arguments = parser.parse_args()
+    needs_packages()
+    import nbformat
+
     names, output = arguments.names, arguments.output
     paths = [HERE / Path(name).name for name in names] or sorted(HERE.glob("*.ipynb"))
     recorded = where()
@@ -169,6 +182,11 @@ def main() -> None:
             "The notebooks hold the outputs of a Hopper GPU, and there is none here: name another "
             "folder for what they give on this machine, --output FOLDER."
         )
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"The folder {output} can't be made: {error.strerror}.") from None
     print(f"On {recorded['device']}:")
     for path in paths:
         start = time.perf_counter()

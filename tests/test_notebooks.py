@@ -8,8 +8,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -151,16 +153,22 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Any:
-    for package in ("nbclient", "ipykernel"):
-        if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+def script() -> Any:
+    """The module, which can be imported without what it needs to run notebooks."""
     place = importlib.util.spec_from_file_location("run_notebooks", EXAMPLES / "run_notebooks.py")
     assert place is not None
     assert place.loader is not None
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def runner(script: Any) -> Any:
+    for package in script.RUNNERS:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return script
 
 
 @EACH
@@ -201,8 +209,7 @@ def test_the_runner_writes_down_where(
     with pytest.raises(SystemExit, match="--output FOLDER"):
         runner.main()
     assert not code_cells(read(path))[0]["outputs"]
-    output = tmp_path / "output"
-    output.mkdir()
+    output = tmp_path / "made" / "output"  # is made, with the folder that it is in
     monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "--output", str(output)])
     runner.main()
     assert not code_cells(read(path))[0]["outputs"]
@@ -214,6 +221,33 @@ def test_the_runner_writes_down_where(
     assert record["kernels_digest"] == variants.kernels_digest()
     assert record["device"] == runner.device()
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+@pytest.mark.parametrize("package", ["nbformat", "nbclient", "ipykernel"])
+def test_the_runner_says_what_to_install(
+    package: str, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "--output", "unused"])
+    for name in script.RUNNERS:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == (
+        f"Running notebooks needs {package}: pip install 'flashmla_rtc[notebooks]' "
+        "(from a checkout: pip install -e '.[notebooks]')."
+    )
+
+
+def test_an_output_that_can_t_be_a_folder_is_said_before_anything_runs(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "--output", str(tmp_path / "file")])
+    monkeypatch.setattr(runner, "execute", lambda path: pytest.fail(f"{path} was run"))
+    with pytest.raises(SystemExit, match="can't be made: File exists"):
+        runner.main()
 
 
 def test_a_failing_cell_is_an_error(runner: Any, tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def test_the_timeline_in_the_docs_is_of_the_committed_recording() -> None:
     recording = RESULTS.with_name("timeline-1x4096x128.json").read_text(encoding="utf-8")
     assert hashlib.sha256(recording.encode()).hexdigest() in text
     assert json.loads(recording)["digest"] == json.loads(RESULTS.read_text())["digest"]
+    drawn = {kind for block in json.loads(recording)["blocks"] for kind in kinds_of(block)}
+    assert {pictures._PHASES[kind][1].lower() for kind in drawn} <= set(
+        re.findall("#[0-9a-f]{6}", text)
+    )
+
+
+def kinds_of(block: dict[str, Any]) -> set[str]:
+    """What the roles of a block did, besides starting."""
+    return {kind for events in block["roles"].values() for kind, _ in events} - {"start"}
+
+
+def test_no_two_kinds_of_a_timeline_look_the_same() -> None:
+    colors = [color.upper() for _, color in pictures._PHASES.values()]
+    assert len(set(colors)) == len(colors)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -155,10 +169,34 @@ def test_what_can_t_be_drawn_is_said(
         message = fails(capsys, "roofline", str(other), out)
         assert problem in message
         assert "roofline needs what bench --json writes." in message
-    bad = str(tmp_path / "out.nothing")
+    bad = str(tmp_path / "absent" / "out.svg")
     assert "could not be written" in fails(capsys, "roofline", str(RESULTS), bad)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'flashmla_rtc[plot]'" in fails(capsys, "roofline", str(RESULTS), out)
+
+
+@pytest.mark.parametrize("name", ["out.foo", "out.jpg", "out", ".svg"])
+def test_only_the_promised_formats_are_written(
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(pictures.PICTURES, "roofline", lambda _: pytest.fail("it was drawn"))
+    said = fails(capsys, "roofline", str(RESULTS), str(tmp_path / name))
+    assert said == (
+        f"flashmla_rtc: {tmp_path / name} can't be written: "
+        "plot writes files that end in .svg, .png or .pdf.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, beginning", [("a.SVG", b"<?xml"), ("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")]
+)
+def test_the_promised_formats_are_written(name: str, beginning: bytes, tmp_path: Path) -> None:
+    assert program.main(["plot", "roofline", str(RESULTS), str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes().startswith(beginning)
 
 
 # -- the timeline ---------------------------------------------------------------------------------

@@ -178,13 +178,14 @@ def speedup(document: Document) -> Figure:
     return figure
 
 
-# What a role did until the event, and in which colour.
+# What a role did until the event, and in which colour: Okabe and Ito's, dark grey for their
+# black, and a light grey.
 _PHASES = {
-    "q": ("waits for Q", "#BBBBBB"),
+    "q": ("waits for Q", "#F0E442"),
     "scores": ("S = Q Kᵀ, and the wait for K", "#0072B2"),
     "p": ("softmax", "#E69F00"),
     "output": ("O += P V, and the wait for P", "#009E73"),
-    "sums": ("makes, or waits for, the sums of rows", "#BBBBBB"),
+    "sums": ("makes, or waits for, the sums of rows", "#333333"),
     "written": ("writes", "#D55E00"),
     "fetched": ("waits for other pieces, adds them", "#CC79A7"),
     "issued": ("asks for K", "#56B4E9"),

@@ -12,6 +12,9 @@ from flashmla_rtc.bench.pictures import PICTURES
 
 from . import CommandError
 
+# What docs/api.md promises; matplotlib writes more.
+_ENDINGS = (".svg", ".png", ".pdf")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", choices=tuple(PICTURES), help="what to draw")
@@ -20,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    ending = arguments.output.suffix.lower()
+    if ending not in _ENDINGS:
+        raise CommandError(
+            f"{arguments.output} can't be written: "
+            "plot writes files that end in .svg, .png or .pdf."
+        )
     text, document = _read(arguments.results)
     try:
         import matplotlib
@@ -37,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{arguments.results} can't be drawn ({error}): {needs}") from None
     # The same results give the same file, which names them.
     origin = f"results sha256 {hashlib.sha256(text.encode()).hexdigest()}"
-    metadata = {"Date": None, "Description": origin} if arguments.output.suffix == ".svg" else None
+    metadata = {"Date": None, "Description": origin} if ending == ".svg" else None
     try:
         with matplotlib.rc_context({"svg.hashsalt": "flashmla_rtc", "svg.fonttype": "none"}):
             figure.savefig(arguments.output, dpi=150, metadata=metadata)
