@@ -129,8 +129,10 @@ def num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) ->
     plan_checks.check_counts(num_q_tokens_per_head_k, num_heads_k)
     if torch_modes.is_compiling():
         from .integrations import torch as operators
+        from .integrations import torch_constants
 
-        return operators.num_parts(device, num_q_tokens_per_head_k, num_heads_k)
+        sms = torch_constants.num_sms(device)
+        return operators.num_parts(sms, num_q_tokens_per_head_k, num_heads_k)
     where = arrays.device_named(device)
     return num_parts(where, int(num_q_tokens_per_head_k), int(num_heads_k))
 

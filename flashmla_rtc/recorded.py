@@ -115,7 +115,7 @@ class _Note:
         self.forward_ad = _torch.autograd.forward_ad
         self.current_device = _torch._C._cuda_getDevice
         self.current_stream = _torch._C._cuda_getCurrentRawStream
-        self.increment_version = _torch._C._increment_version
+        self.increment_version = torch_shortcuts.increment_version()
         self.is_capturing = _torch._C._cuda_isCurrentStreamCapturing
         self.replacements = launched.replacements
         self.buffer = launched.kernel.pack(launched.values)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from . import torch_shortcuts
+
 
 def _is_compiling() -> bool:
     """Looks for torch at each call until it has been imported. Where it is imported after this
@@ -83,8 +85,8 @@ def asks_for_gradient(*tensors: Any) -> bool:
 
 
 def written(*tensors: Any) -> None:
-    """Tell torch that a kernel wrote into tensors, which what keeps them for a gradient asks."""
-    sys.modules["torch"]._C._increment_version(tensors)
+    """Tell torch that a kernel wrote into tensors: gradients that need what was there ask it."""
+    torch_shortcuts.increment_version()(tensors)
 
 
 def is_listened_to() -> bool:

@@ -47,6 +47,34 @@ def found() -> tuple[Any, Any]:
     return guards, allocate
 
 
+@functools.cache
+def increment_version() -> Any:
+    """What tells torch that tensors, a tuple of them, were written into. Those that were made in
+    inference mode have no version, and are passed over.
+
+    torch documents a function for one tensor, and in new versions for several. The one below it
+    takes half the time, if it shows here that it does the same.
+    """
+    import torch
+
+    def one_by_one(tensors: tuple[Any, ...]) -> None:
+        for tensor in tensors:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+    try:
+        first, second = torch.empty(1, device="cpu"), torch.empty(1, device="cpu")
+        with torch.inference_mode():
+            without = torch.empty(1, device="cpu")
+        before = first._version, second._version
+        torch._C._increment_version((first, without, second))
+        if (first._version, second._version) == (before[0] + 1, before[1] + 1):
+            return torch._C._increment_version
+    except Exception:
+        pass
+    return one_by_one
+
+
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
     """A new tensor on the current device."""
     import torch

@@ -28,6 +28,7 @@ _LAUNCHING_PYTHON = (
     "edits.py",
     "geometry.py",
     "integrations/torch.py",
+    "integrations/torch_constants.py",
     "interface.py",
     "maps.py",
     "metadata.py",

@@ -726,3 +726,31 @@ def test_only_shortcuts_that_do_what_they_should_are_taken(
     tools = SimpleNamespace(_empty_strided_cpu=empty, _empty_strided_cuda=cuda)
     assert shortcuts(tools) == (None, cuda)
     assert shortcuts(SimpleNamespace(_empty_strided_cpu=empty)) == (None, None)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["borrowed", "documented"])
+def test_tensors_are_told_that_they_were_written_into(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:  # as in a torch that takes one tensor alone
+        monkeypatch.setattr(torch._C, "_increment_version", one_tensor(torch._C._increment_version))
+    torch_shortcuts.increment_version.cache_clear()
+    try:
+        tell = torch_shortcuts.increment_version()
+        assert (tell is torch._C._increment_version) is known
+        tensors = torch.empty(2), torch.empty(3)
+        with torch.inference_mode():
+            without = torch.empty(1)
+        tell((tensors[0], without, tensors[1]))
+        assert [tensor._version for tensor in tensors] == [1, 1]
+    finally:
+        torch_shortcuts.increment_version.cache_clear()
+
+
+def one_tensor(increment: Any) -> Any:
+    def alone(tensors: Any) -> None:
+        if len(tensors) != 1:
+            raise TypeError("expect a Tensor as input")
+        increment(tensors)
+
+    return alone

@@ -135,3 +135,11 @@ def test_nothing_is_fetched_from_elsewhere(site: dict[str, str]) -> None:
     assert not {path for path, page in site.items() if ELSEWHERE.search(page)}
     assert ELSEWHERE.search('<script async src="https://a.b/c.js">')
     assert ELSEWHERE.search('<link rel="stylesheet" href="//a.b/c.css">')
+
+
+def test_pictures_among_the_text_are_whole(site: dict[str, str]) -> None:
+    """Markdown that takes the elements around an SVG for a paragraph closes it before its end."""
+    cut = re.compile(r"<svg[^>]*></p>")
+    assert not {path for path, page in site.items() if cut.search(page)}
+    assert "requests with" in site["source/examples/roofline_and_schedule.ipynb/index.html"]
+    assert cut.search('<p><code>plan</code><svg viewBox="0 0 1 1"></p>')

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -171,11 +174,19 @@ def test_parts_of_a_plan_are_known_without_lengths() -> None:
         flashmla_rtc.num_sm_parts("cpu", 8.0, 1)
 
 
+def sms_of(device: Any) -> int:
+    """As if it asked the driver: nothing that a compiled program can do."""
+    with open(os.devnull, "rb") as file:
+        file.read()
+    return 132
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_programs_know_the_parts_too(
     dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(operators, "num_sms", sms_of)
+    assert operators.num_parts(sms_of("cpu"), 64, 1) == 132
 
     def step(q: Any) -> Any:
         return q.new_zeros(flashmla_rtc.num_sm_parts(q.device, q.shape[1] * 64, 1), 8)
@@ -191,3 +202,14 @@ def test_tensors_on_meta_are_planned_for_without_a_warning() -> None:
         warnings.simplefilter("error")
         plan, splits = torch.ops.flashmla_rtc.mla_metadata(lengths, 8, 1)
     assert (plan.shape, splits.shape, plan.is_meta) == ((1, 8), (4,), True)
+
+
+def test_the_operators_do_not_load_the_compiler() -> None:
+    """Which takes a second, of a first call with a gradient for instance."""
+    code = """
+import sys, torch
+import flashmla_rtc.integrations.torch
+assert "torch._dynamo" not in sys.modules
+"""
+    environment = {**os.environ, "FLASHMLA_RTC_COMPILE": "lazy"}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)

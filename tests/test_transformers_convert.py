@@ -354,12 +354,18 @@ def test_a_cache_for_another_model_is_refused() -> None:
     model = use_flash_mla(tiny_model())
     config = copy.deepcopy(model.config)
     config.num_hidden_layers += 1
-    with torch.no_grad(), pytest.raises(ValueError, match="has 3 layers, and the model 2"):
-        model(**prompts(9, 4), past_key_values=MLAPagedCache(config))
+    said = "has 3 layers of 32 numbers a token, and the model 2 of 32"
+    with torch.no_grad(), pytest.raises(ValueError, match=said):
+        model(**prompts(9, 4), **{CACHE: MLAPagedCache(config)})
+    config = copy.deepcopy(model.config)
+    config.kv_lora_rank += 1
+    with torch.no_grad(), pytest.raises(ValueError, match="layers of 33 numbers a token"):
+        model(**prompts(9, 4), **{CACHE: MLAPagedCache(config)})
     with pytest.raises(TypeError, match="is a LlamaConfig, which has no kv_lora_rank"):
         MLAPagedCache(transformers.LlamaConfig())
-    with pytest.raises(TypeError, match="is a NoneType"):
-        MLAPagedCache(None)
+    for no_config in (None, transformers.DeepseekV3Config):
+        with pytest.raises(TypeError, match=r"of type (NoneType|type)\."):
+            MLAPagedCache(no_config)
 
 
 def test_a_compiled_model_generates_the_same(capfd: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +382,19 @@ def test_a_compiled_model_generates_the_same(capfd: pytest.CaptureFixture[str]) 
         assert torch.equal(model.generate(**given), expected)
     assert "Error" not in capfd.readouterr().err
     del model.forward
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["training", "gradients", "no cache"])
+def test_what_goes_the_models_own_way_is_compiled_whole(way: str) -> None:
+    model = use_flash_mla(tiny_model("youtu"))
+    given = {**prompts(9, 9), "use_cache": way != "no cache"}
+    model.train(way == "training")
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(way == "gradients"):
+        expected = model(**given).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**given).logits, expected)
     torch._dynamo.reset()
 
 

@@ -24,7 +24,8 @@ try:
     from torch import Tensor
 except ImportError as error:
     raise ImportError(
-        f"The operators of torch need torch: pip install 'flashmla_rtc[torch]' ({error})."
+        "flashmla_rtc.integrations.torch needs the build of torch that fits your machine "
+        f"(pip install torch): {error}."
     ) from error
 
 from .. import arrays, backends, interface, messages, metadata, option_checks, schedule, torch_modes
@@ -122,7 +123,7 @@ def _(*arguments: Any, **results: Any) -> None:
 
 @torch.library.register_fake("flashmla_rtc::mla_metadata", lib=_library)
 def _(cache_seqlens: Tensor, rows_per_group: int, heads_k: int) -> tuple[Tensor, Tensor]:
-    parts = num_parts(cache_seqlens.device, rows_per_group, heads_k)
+    parts = num_parts(num_sms(cache_seqlens.device), rows_per_group, heads_k)
     plan = cache_seqlens.new_empty((parts, 8), dtype=torch.int32)
     return plan, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32)
 
@@ -202,14 +203,14 @@ def plan(cache_seqlens: Any, rows_per_group: int, heads_k: int) -> tuple[Tensor,
     return mla_metadata(cache_seqlens, rows_per_group, heads_k)
 
 
-def num_parts(device: Any, rows_per_group: int, heads_k: int) -> int:
-    """Rows of a plan on ``device``. The counts may be symbols."""
-    sms = _num_sms(device)
+def num_parts(sms: int, rows_per_group: int, heads_k: int) -> int:
+    """Rows of a plan on a device with so many SMs, 0 if the kernels do not run there. The counts
+    may be symbols.
+    """
     return schedule.num_sm_parts(sms, rows_per_group, heads_k) if sms else metadata.CPU_PARTS
 
 
-@torch.compiler.assume_constant_result  # a program can't ask a device
-def _num_sms(device: Any) -> int:
+def num_sms(device: Any) -> int:
     """SMs of a device that the kernels run on, 0 of another."""
     where = arrays.device_named(device)
     return device_facts(where.index).num_sms if backends.why_not(where) is None else 0

@@ -11,12 +11,13 @@ Needs torch and transformers 5.17 to 5.24.
 from __future__ import annotations
 
 try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "flashmla_rtc.integrations.transformers needs torch and transformers 5.17 to 5.24: "
-        f"pip install 'flashmla_rtc[transformers]' ({error})."
+        "flashmla_rtc.integrations.transformers needs the build of torch that fits your machine "
+        "(pip install torch), and transformers 5.17 to 5.24 "
+        f"(pip install 'flashmla_rtc[transformers]'): {error}."
     ) from error
 
 from .cache import CacheMemory, MLAPagedCache

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .pages import PAGE_SIZE, PageAllocator, PagedRequests
@@ -34,6 +35,11 @@ class CacheMemory:
     allocated: int
     dynamic_cache: int
     expanded: int
+
+
+def _width(config: Any) -> int:
+    """Numbers of a token in a layer."""
+    return int(config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 class MLAPagedLayer(CacheLayerMixin):
@@ -161,18 +167,19 @@ class MLAPagedCache(Cache):
     """
 
     def __init__(self, config: Any, *, pages: int | None = None) -> None:
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config(decoder=True)
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a model's, but it is of type {type(config).__name__}.")
+        config = config.get_text_config(decoder=True)
         if not (hasattr(config, "kv_lora_rank") and hasattr(config, "qk_rope_head_dim")):
             raise TypeError(
-                "config must be the configuration of a model with latents, but it is a "
+                "config must be that of a model with latents, but it is a "
                 f"{type(config).__name__}, which has no kv_lora_rank and qk_rope_head_dim."
             )
         self.requests = PagedRequests(PageAllocator(pages))
         super().__init__(
             layers=[MLAPagedLayer(self.requests) for _ in range(config.num_hidden_layers)]
         )
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        latent = _width(config)
         head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         self._width, self._expanded_width = latent, config.num_attention_heads * head
         self.step: Step | StepBuffers | None = None
@@ -181,6 +188,16 @@ class MLAPagedCache(Cache):
         self._end: int | None = None  # columns that generate() will not go beyond
         self._known_mask: torch.Tensor | None = None
         self._copies: list[tuple[int, int]] = []  # pages that are to be copied, (from, to)
+
+    def check_made_for(self, config: Any) -> None:
+        """Raises ValueError if this is the cache of a model of another shape."""
+        config = config.get_text_config(decoder=True)
+        ours, models = (len(self.layers), self._width), (config.num_hidden_layers, _width(config))
+        if ours != models:
+            raise ValueError(
+                f"The cache has {ours[0]} layers of {ours[1]} numbers a token, and the model "
+                f"{models[0]} of {models[1]}: make it with MLAPagedCache(model.config)."
+            )
 
     # -- a forward ---------------------------------------------------------------------------------
 

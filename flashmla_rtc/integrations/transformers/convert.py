@@ -200,15 +200,14 @@ def _check_geometry(modules: list[Any]) -> None:
 
 # -- around a forward of the base model ------------------------------------------------------------
 #
-# torch.compile leaves a forward over pages alone: their numbers come from the host, anew each step.
+# torch.compile leaves forwards over pages alone: their numbers come from the host, anew each step.
+# All others it compiles as it compiles those of a model that is not turned.
 
 
-@torch.compiler.disable
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make the cache if there is none, and give it the mask."""
     given = name_cache(dict(zip(_FORWARD_ARGUMENTS, args, strict=False)) | kwargs)
     cache = given.get(CACHE)
-    settings: _Settings = base._flash_mla
     if _own_way(base, given):
         if isinstance(cache, MLAPagedCache):
             raise RuntimeError(
@@ -217,20 +216,24 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             )
         return None
     use_cache = given.get("use_cache")
-    if cache is None and (base.config.use_cache if use_cache is None else use_cache):
-        cache = MLAPagedCache(base.config, pages=settings.pages)
-    if not isinstance(cache, MLAPagedCache):
+    if cache is None and not (base.config.use_cache if use_cache is None else use_cache):
         return None
+    if not (cache is None or isinstance(cache, MLAPagedCache)):
+        return None
+    return _begin(base, given, cache)
+
+
+@torch.compiler.disable
+def _begin(base: Any, given: dict[str, Any], cache: MLAPagedCache | None) -> Any:
+    """Have the cache begin a forward of ``given``; None if there is nothing to go forward with."""
+    settings: _Settings = base._flash_mla
+    if cache is None:
+        cache = MLAPagedCache(base.config, pages=settings.pages)
     if given.get("output_attentions") or getattr(base.config, "output_attentions", False):
         raise NotImplementedError(
             "output_attentions is not supported with an MLAPagedCache: no weights are formed."
         )
-    layers = base.config.get_text_config(decoder=True).num_hidden_layers
-    if len(cache.layers) != layers:
-        raise ValueError(
-            f"The cache has {len(cache.layers)} layers, and the model {layers}: make it with "
-            "MLAPagedCache(model.config)."
-        )
+    cache.check_made_for(base.config)
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
@@ -267,11 +270,15 @@ def _forward_over_pages(graphs: ModelGraphs, *arguments: Any) -> Any:
     return graphs.forward(*arguments)
 
 
-@torch.compiler.disable
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get(CACHE)
     if isinstance(cache, MLAPagedCache):
-        cache.end()
+        _end(cache)
+
+
+@torch.compiler.disable
+def _end(cache: MLAPagedCache) -> None:
+    cache.end()
 
 
 def _own_way(base: Any, given: dict[str, Any]) -> bool:
