@@ -2,19 +2,18 @@
 
 README.md becomes the home page. Other files go under ``source/``, where they keep their path in the
 repository: Markdown as it is, source text as one block of code on a page, notebooks as pages with
-their outputs and with MathML for the TeX in their text, the rest as files. A link that leads out of
-docs/ is turned to where its target is on the site; a target that is not listed here stays as it
-was, and a strict build fails at it.
+their outputs, the rest as files. A link that leads out of docs/ is turned to where its target is on
+the site; a target that is not listed here stays as it was, and a strict build fails at it. TeX in
+any text becomes MathML, which browsers draw without a script.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
-from typing import Literal
 
-import nbformat
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -40,17 +39,9 @@ PAGES = {*LANGUAGES, ".ipynb"}
 # What is shown of an output that comes in several formats, the best first.
 _FORMATS = ["image/svg+xml", "image/png", "text/html", "text/markdown", "text/plain"]
 
-# Formulas in Markdown, $…$ in a text and $$…$$ in lines of their own, as Jupyter and GitHub read
-# them. Code is matched first, so that nothing in it is taken for a formula.
+# What arithmatex makes of $…$ in a text and $$…$$ in lines of their own.
 _FORMULA = re.compile(
-    r"""
-    (?<![`~]) (?P<fence> `+ | ~~~+ ) (?![`~]) .*? (?<![`~]) (?P=fence) (?![`~])
-    | (?: \A | \n\n ) (?: (?: [ ]{4} | \t ) [^\n]* (?: \n | \Z ) )+
-    | (?<! [\\$] ) \$\$ (?P<display> [^$]+ ) \$\$
-    | (?<! [\\$] ) \$ (?! [\s$] ) (?P<inline> (?: [^$\n] | \n (?!\s*\n) )+ )
-      (?<! [\s\\] ) \$ (?! [\d$] )
-    """,
-    re.VERBOSE | re.DOTALL,
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 # Where the spaces of MathML are not those of TeX: behind the name of a function, and around a slash
 # and infinity, which the converter takes for operators.
@@ -94,37 +85,12 @@ def _listing(folder: str) -> str:
     return "\n".join([f"# {folder}", "", *links, ""])
 
 
-def _mathml(tex: str, display: Literal["block", "inline"]) -> str:
-    text = _ORDINARY.sub(r"<mi>\1</mi>", convert(tex, display=display))
-    return _NAME.sub(r'\1<mspace width="0.167em" />', text)
-
-
-def with_mathml(text: str) -> str:
-    """The text of a cell with MathML for its TeX, which browsers draw without a script.
-
-    The elements around it keep Markdown from taking ``<math>`` for the beginning of a paragraph.
-    """
-
-    def drawn(found: re.Match[str]) -> str:
-        if found["display"]:
-            return f'\n\n<div class="formula">{_mathml(found["display"], "block")}</div>\n\n'
-        if found["inline"]:
-            return f'<span class="formula">{_mathml(found["inline"], "inline")}</span>'
-        return found[0]
-
-    return _FORMULA.sub(drawn, text)
-
-
 def _notebook(path: str) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its pictures by name."""
     exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": _FORMATS}))
-    notebook = nbformat.read(ROOT / path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_mathml(cell.source)
     name = Path(path).stem
     resources = {"unique_key": name, "output_files_dir": f"{name}_files"}
-    text, resources = exporter.from_notebook_node(notebook, resources)
+    text, resources = exporter.from_filename(str(ROOT / path), resources)
     return text, resources["outputs"]
 
 
@@ -164,3 +130,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link[1] if place is None else posixpath.relpath(place, posixpath.dirname(here))
 
     return _LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put MathML in place of TeX."""
+
+    def drawn(formula: re.Match[str]) -> str:
+        display = "block" if formula["tag"] == "div" else "inline"
+        mathml = convert(unescape(formula["tex"]), display=display)
+        mathml = _NAME.sub(r'\1<mspace width="0.167em" />', _ORDINARY.sub(r"<mi>\1</mi>", mathml))
+        return f'<{formula["tag"]} class="formula">{mathml}</{formula["tag"]}>'
+
+    return _FORMULA.sub(drawn, html)

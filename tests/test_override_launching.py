@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from edited_sources import SCHEDULE, commented, nothing_stays, replaced
+from edited_sources import SCHEDULE, commented, replaced
 
 from flashmla_rtc import overrides, sm90, variants, workspace
 from flashmla_rtc.overrides import kernel_sources, override_sources
-from flashmla_rtc.rtc import CompileError, CompilerMissing, kernel, nvrtc_version
+from flashmla_rtc.rtc import CompileError, kernel
 
-try:
-    nvrtc_version()
-except CompilerMissing as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _package_as_before() -> Iterator[None]:
-    with nothing_stays():
-        yield
+pytestmark = pytest.mark.usefixtures("package_as_before")
 
 
 @pytest.fixture

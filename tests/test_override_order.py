@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from edited_sources import FILE, SCHEDULE, commented, in_use, nothing_stays, replaced
+from edited_sources import FILE, SCHEDULE, commented, in_use, replaced
 
 from flashmla_rtc import overrides, sm90, variants
 from flashmla_rtc.overrides import override_sources
-from flashmla_rtc.rtc import CompilerMissing, nvrtc_version
 
-try:
-    nvrtc_version()
-except CompilerMissing as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _package_as_before() -> Iterator[None]:
-    with nothing_stays():
-        yield
+pytestmark = pytest.mark.usefixtures("package_as_before")
 
 
 def test_by_hand() -> None:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from edited_sources import FILE, SCHEDULE, commented, in_use, nothing_stays, replaced
+from edited_sources import FILE, SCHEDULE, commented, in_use, replaced
 
 import flashmla_rtc
 from flashmla_rtc import edits, sm90, variants
 from flashmla_rtc.overrides import kernel_sources, override_sources
-from flashmla_rtc.rtc import CompileError, CompilerMissing, nvrtc_version
+from flashmla_rtc.rtc import CompileError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-try:
-    nvrtc_version()
-except CompilerMissing as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _package_as_before() -> Iterator[None]:
-    with nothing_stays():
-        yield
+pytestmark = pytest.mark.usefixtures("package_as_before")
 
 
 def test_inside_the_edit_is_in_use_and_outside_the_original() -> None:

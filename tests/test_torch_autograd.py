@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import flashmla_rtc
-from flashmla_rtc import torch_modes
 
 torch = pytest.importorskip("torch")
 
@@ -19,12 +18,7 @@ from torch_programs import HEAD_DIM_V, assert_same, make, with_arrays, without_a
 importlib.import_module("flashmla_rtc.integrations.torch")  # which defines the operators
 
 
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    torch_modes.is_compiling()  # torch was imported last: or the first program is compiled twice
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # -- gradients -------------------------------------------------------------------------------------

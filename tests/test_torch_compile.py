@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import flashmla_rtc
-from flashmla_rtc import torch_modes
 
 torch = pytest.importorskip("torch")
 
@@ -20,12 +19,7 @@ from torch_programs import HEAD_DIM_V, STEPS, assert_same, make, with_arrays, wi
 BACKENDS = ("eager", "aot_eager", "inductor")
 
 
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    torch_modes.is_compiling()  # torch was imported last: or the first program is compiled twice
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,13 +8,11 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import flashmla_rtc
-from flashmla_rtc import torch_modes
 
 torch = pytest.importorskip("torch")
 
@@ -23,12 +21,7 @@ from torch_programs import HEAD_DIM_V, assert_same, make, with_arrays, without_a
 operators = importlib.import_module("flashmla_rtc.integrations.torch")
 
 
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    torch_modes.is_compiling()  # torch was imported last: or the first program is compiled twice
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def operator_calls() -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,10 +21,7 @@ WIDTH = COMMON["kv_lora_rank"] + COMMON["qk_rope_head_dim"]
 PAGE = 64 * WIDTH * 4 * 2  # bytes, float32, two layers
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 import weakref
 from typing import Any
 
@@ -15,26 +14,14 @@ transformers = pytest.importorskip("transformers")
 
 from mla_models import prompts, tiny_model  # noqa: E402
 from recorded_steps import GREEDY, filled, model_of, recorder, same, steps  # noqa: E402
-from step_recorder import StepRecorder  # noqa: E402
 
 from flashmla_rtc.integrations.transformers import (  # noqa: E402
     MLAPagedCache,
-    graphs,
     remove_flash_mla,
     use_flash_mla,
 )
 
-
-@pytest.fixture(autouse=True)
-def _recorders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "recorder_for", StepRecorder)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Decode steps run without")
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_recorded")
 
 
 # -- what is not recorded --------------------------------------------------------------------------

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 from unittest import mock
 
@@ -17,25 +16,13 @@ transformers = pytest.importorskip("transformers")
 
 from mla_models import MODEL_TYPES, prompts  # noqa: E402
 from recorded_steps import GREEDY, both, filled, model_of, recorder, same, steps  # noqa: E402
-from step_recorder import StepRecorder  # noqa: E402
 
 from flashmla_rtc.integrations.transformers import (  # noqa: E402
     PagesExhausted,
-    graphs,
     use_flash_mla,
 )
 
-
-@pytest.fixture(autouse=True)
-def _recorders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "recorder_for", StepRecorder)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Decode steps run without")
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_recorded")
 
 
 # -- generate(), in each of its ways ---------------------------------------------------------------
